@@ -1,0 +1,191 @@
+"""The contract between the server and the engine: frames in, restyled frames out, and nothing about how.
+
+Everything here is plain data or a Protocol, so that the server process never loads torch and the engine can be
+faked (`engine.fake`), run as local processes (`engine.client`) or placed elsewhere, with nobody above noticing.
+
+Axes: T frames of a chunk, H height, W width, 3 RGB channels. Instants are seconds on the machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+Frames = NDArray[np.uint8]
+
+MAX_PROMPT_CHARS = 1000
+
+
+class StreamParams(BaseModel):
+    """What a person can set on a running stream. A live change is a new object, taken up at a chunk border."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(default="", max_length=MAX_PROMPT_CHARS, description="free text; empty means unstyled")
+    strength: float = Field(default=1.0, ge=0.0, le=1.0, description="0 returns the camera, 1 the full style")
+    steps: int = Field(default=1, ge=1, le=4, description="denoising steps per chunk")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="sampling noise, fixed for the stream")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameChunk:
+    """Consecutive camera frames, the unit the engine takes.
+
+    frames: [T, H, W, 3] uint8 RGB; T is the model's chunk length, or 1 in the first chunk of a stream (a fast
+    start: the model pads it). deadline: when the oldest frame is due for playout.
+    """
+
+    index: int
+    frames: Frames
+    frame_indices: tuple[int, ...]
+    captured_at: tuple[float, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChunk:
+    """The restyled frames of one chunk: same T, H, W and identities as went in.
+
+    revision: the newest `EngineStream.update` that shaped these frames (0: the parameters at opening).
+    engine_started_at, engine_finished_at: when the engine took the chunk up and was done with it.
+    """
+
+    index: int
+    frames: Frames
+    frame_indices: tuple[int, ...]
+    captured_at: tuple[float, ...]
+    revision: int
+    engine_started_at: float
+    engine_finished_at: float
+
+
+class EngineState(StrEnum):
+    """Where the engine stands; `ready` is the only state in which streams render."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """State with its progress, for `/readyz` and the page. percent: 0 to 100 over the whole start."""
+
+    state: EngineState
+    percent: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What rank 0 can carry: the snapshot that admission and rate agreement are computed from.
+
+    chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and one step (0 while
+        unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
+    """
+
+    chunk_cost_s: float
+    max_streams: int
+    open_streams: int
+    chunk_frames: int
+
+
+@dataclass(slots=True)
+class StreamCounters:
+    """Every chunk that did not come back, by reason; in chunks. `frames_dropped` is the same in frames."""
+
+    submitted: int = 0
+    rendered: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    frames_dropped: int = 0
+
+    def drop(self, reason: str, frames: int) -> None:
+        """Count one whole chunk lost for `reason`."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.frames_dropped += frames
+
+
+class EngineError(Exception):
+    """The engine cannot do what was asked; the text says what, the bound and the cure."""
+
+
+class EngineNotReady(EngineError):
+    """No stream can be opened now: the model is loading or the engine is restarting."""
+
+
+class EngineFull(EngineError):
+    """Every stream the engine has memory for is open."""
+
+
+class RankLost(EngineError):
+    """The process that held the stream died; its state is gone. Open a new stream when the engine is ready."""
+
+
+class EngineStream(Protocol):
+    """One open stream. Not for use from two tasks at once, except that `submit` and `update` may run beside
+    the one task that iterates over the results."""
+
+    @property
+    def counters(self) -> StreamCounters:
+        """Chunks in, out and lost, live."""
+        ...
+
+    def submit(self, chunk: FrameChunk) -> None:
+        """Hand over a chunk without waiting. When the engine is behind, the oldest waiting chunk is dropped
+        whole and counted. Raises RankLost once the engine is gone, ValueError for frames of a wrong shape."""
+        ...
+
+    def update(self, params: StreamParams) -> int:
+        """Change the parameters at the next chunk border; returns the revision that `RenderedChunk` will name."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[RenderedChunk]:
+        """Rendered chunks in order. Raises RankLost when the engine dies; never hangs on a dead one."""
+        ...
+
+
+class Engine(Protocol):
+    """The engine as the server sees it."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Never blocks."""
+        ...
+
+    @property
+    def capacity(self) -> Capacity:
+        """Never blocks."""
+        ...
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(width, height) in pixels of every frame in and out."""
+        ...
+
+    async def start(self) -> None:
+        """Begin loading and return at once; watch `status`."""
+        ...
+
+    async def close(self) -> None:
+        """Stop every rank; bounded; idempotent."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Return when streams render. Raises EngineError if the engine failed for good or was closed."""
+        ...
+
+    def open_stream(
+        self, stream_id: str, params: StreamParams
+    ) -> AbstractAsyncContextManager[EngineStream]:
+        """Open a stream for the length of the context. Raises EngineNotReady, EngineFull or RankLost."""
+        ...
