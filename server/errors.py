@@ -1,0 +1,80 @@
+"""What the server raises for its callers, and the one table from error to HTTP status."""
+
+from __future__ import annotations
+
+import json
+
+from aiohttp import web
+
+
+class ServerError(Exception):
+    """A refusal that a client is told: `code` for programs, the text for people (what, the bound, the cure)."""
+
+    status = 500
+    code = "internal"
+    retryable = False
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code or type(self).code
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(ServerError):
+    """The request is broken."""
+
+    status, code = 400, "bad_request"
+
+
+class NotFound(ServerError):
+    """No such thing, or no longer."""
+
+    status, code = 404, "not_found"
+
+
+class TooLarge(ServerError):
+    """A size is over its bound."""
+
+    status, code = 413, "too_large"
+
+
+class WrongMediaType(ServerError):
+    """The body is of another type than the endpoint takes."""
+
+    status, code = 415, "wrong_media_type"
+
+
+class Unsupported(ServerError):
+    """Well formed, but nothing this server can do."""
+
+    status, code = 422, "unsupported"
+
+
+class TooManyRequests(ServerError):
+    """The client asks faster than its share."""
+
+    status, code, retryable = 429, "too_many_requests", True
+
+
+class Full(ServerError):
+    """Every seat is taken; come back after `retry_after_s`."""
+
+    status, code, retryable = 503, "full", True
+
+
+class ShuttingDown(ServerError):
+    """The server takes no new sessions."""
+
+    status, code, retryable = 503, "shutting_down", True
+
+
+def problem(error: ServerError) -> web.Response:
+    """The `application/problem+json` answer of an error, with Retry-After where one is known."""
+    body: dict[str, object] = {"code": error.code, "message": str(error), "retryable": error.retryable}
+    headers = {}
+    if error.retry_after_s is not None:
+        body["retry_after_s"] = round(error.retry_after_s, 1)
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    return web.Response(
+        text=json.dumps(body), status=error.status, content_type="application/problem+json", headers=headers
+    )

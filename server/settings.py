@@ -1,0 +1,69 @@
+"""Server settings: one object, from defaults, a TOML file and LIVEBRUSH_* variables; refused before anything starts."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from engine.config import EngineSettings
+
+WEB_DIR = Path(__file__).parent.parent / "web"
+
+
+class MediaSettings(BaseModel):
+    """Transport, codecs and the limits of one peer connection."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ice_servers: tuple[str, ...] = Field(default=(), description="stun: or turn: URLs; none is asked by default")
+    start_bitrate: PositiveInt = Field(default=1_500_000, description="bit/s, both ways, before any estimate")
+    min_bitrate: PositiveInt = Field(default=300_000, description="bit/s")
+    max_bitrate: PositiveInt = Field(default=4_000_000, description="bit/s")
+    max_input_pixels: PositiveInt = Field(default=1920 * 1080, description="a camera frame over this ends the input")
+    connect_timeout_s: PositiveFloat = Field(default=10.0, description="from the answer to ICE and DTLS done")
+    vanish_timeout_s: PositiveFloat = Field(default=12.0, description="no packet for this long: the peer is gone")
+    hole_deadline_s: PositiveFloat = Field(default=0.15, description="a gap older than this is skipped, not waited for")
+    audio: bool = Field(default=True, description="carry the microphone back in step with the picture")
+
+
+class ServerSettings(BaseModel):
+    """Everything `livebrush serve` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port of the page; 0 picks a free one")
+    engine: EngineSettings = EngineSettings()
+    engine_kind: str = Field(default="local", pattern="^(local|fake)$", description="local rank process, or the fake")
+    media: MediaSettings = MediaSettings()
+    latency_budget_s: PositiveFloat = Field(default=0.5, description="a frame older than this at playout is late")
+    max_fps: float = Field(default=24.0, gt=0, le=60, description="agreed output rate when there is room")
+    min_fps: float = Field(default=8.0, gt=0, le=60, description="below this per session the server is full")
+    max_sessions: PositiveInt = Field(default=4, description="seats, whatever the engine could carry")
+    web_dir: Path = WEB_DIR
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.min_fps > self.max_fps:
+            raise ValueError(f"min_fps {self.min_fps} must not be above max_fps {self.max_fps}")
+        if self.max_sessions > self.engine.max_streams:
+            raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {self.engine.max_streams}")
+        if not self.is_loopback:
+            raise ValueError(
+                f"host {self.host} is not a loopback address: this version has no tokens yet, so anyone could use the"
+                " camera and the machine; keep 127.0.0.1 and put an authenticating HTTPS proxy or an SSH tunnel before it"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
