@@ -1,0 +1,1 @@
+"""The engine: causal video diffusion, chunk by chunk."""

@@ -184,8 +184,6 @@ class Engine(Protocol):
         """Return when streams render. Raises EngineError if the engine failed for good or was closed."""
         ...
 
-    def open_stream(
-        self, stream_id: str, params: StreamParams
-    ) -> AbstractAsyncContextManager[EngineStream]:
+    def open_stream(self, stream_id: str, params: StreamParams) -> AbstractAsyncContextManager[EngineStream]:
         """Open a stream for the length of the context. Raises EngineNotReady, EngineFull or RankLost."""
         ...

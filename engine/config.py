@@ -12,6 +12,8 @@ DEFAULT_MODEL = "livebrush-tiny"
 # VAE stride 8 times DiT patch 2: a frame must be a whole number of tokens.
 SIZE_MULTIPLE_PX = 16
 MAX_PIXELS = 832 * 480
+# Wan and the embedded model turn 4 frames into one latent frame: the chunk the engine takes.
+CHUNK_FRAMES = 4
 
 
 class EngineSettings(BaseModel):

@@ -1,0 +1,294 @@
+"""The engine over a rank process: submits chunks, receives frames, restarts a lost rank and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from pydantic import ValidationError
+
+from engine.api import (
+    Capacity,
+    EngineError,
+    EngineFull,
+    EngineNotReady,
+    EngineState,
+    EngineStatus,
+    FrameChunk,
+    RankLost,
+    RenderedChunk,
+    StreamCounters,
+    StreamParams,
+)
+from engine.config import CHUNK_FRAMES, EngineSettings
+from engine.frame_memory import SLOTS_PER_STREAM, FrameLayout, FrameMemory
+from engine.launch import RankProcess
+from engine.messages import (
+    Close,
+    Closed,
+    Done,
+    Dropped,
+    FromRank,
+    Open,
+    Status,
+    StreamFailed,
+    Submit,
+    ToRank,
+    Update,
+    decode_from_rank,
+    encode,
+)
+from engine.results import ResultQueue
+
+log = logging.getLogger(__name__)
+
+RESTART_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
+# This many deaths within BREAKER_WINDOW_S and the engine is given up: a person must look.
+BREAKER_DEATHS = 4
+BREAKER_WINDOW_S = 60.0
+COST_SMOOTHING = 0.1
+
+
+class LocalStream:
+    """One stream on a local rank (`engine.api.EngineStream`)."""
+
+    def __init__(self, engine: LocalEngine, region: int, name: str) -> None:
+        self.counters = StreamCounters()
+        self.region = region
+        self.name = name
+        self._engine = engine
+        self._free = list(range(SLOTS_PER_STREAM))
+        self._in_flight: dict[int, tuple[int, FrameChunk]] = {}
+        self._results = ResultQueue(self.counters)
+        self._revision = 0
+
+    def submit(self, chunk: FrameChunk) -> None:
+        """See `EngineStream.submit`."""
+        if self._results.error is not None:
+            raise self._results.error
+        expected = (self._engine.settings.height, self._engine.settings.width, 3)
+        count = len(chunk.frames)
+        if chunk.frames.shape[1:] != expected or not 1 <= count <= CHUNK_FRAMES:
+            raise ValueError(f"chunk of shape {chunk.frames.shape}, expected [1..{CHUNK_FRAMES}, {expected}]")
+        self.counters.submitted += 1
+        if not self._free:
+            self.counters.drop("no_slot", count)
+            return
+        slot = self._free.pop()
+        self._engine.memory.slot(self.region, slot, count)[:] = chunk.frames
+        self._in_flight[chunk.index] = (slot, chunk)
+        self._engine.send(
+            Submit(stream=self.region, chunk=chunk.index, slot=slot, frames=count, deadline=chunk.deadline)
+        )
+
+    def update(self, params: StreamParams) -> int:
+        """See `EngineStream.update`."""
+        if self._results.error is not None:
+            raise self._results.error
+        self._revision += 1
+        self._engine.send(Update(stream=self.region, revision=self._revision, params=params))
+        return self._revision
+
+    def __aiter__(self) -> AsyncIterator[RenderedChunk]:
+        """See `EngineStream.__aiter__`."""
+        return aiter(self._results)
+
+    def on_done(self, message: Done) -> None:
+        """The rank finished a chunk: copy it out of its slot, which is free again."""
+        slot, chunk = self._in_flight.pop(message.chunk)
+        frames = self._engine.memory.slot(self.region, slot, len(chunk.frames)).copy()
+        self._free.append(slot)
+        self._results.put(
+            RenderedChunk(
+                index=chunk.index,
+                frames=frames,
+                frame_indices=chunk.frame_indices,
+                captured_at=chunk.captured_at,
+                revision=message.revision,
+                engine_started_at=message.started_at,
+                engine_finished_at=message.finished_at,
+            )
+        )
+
+    def on_dropped(self, message: Dropped) -> None:
+        """The rank gave a chunk up."""
+        slot, chunk = self._in_flight.pop(message.chunk)
+        self._free.append(slot)
+        self.counters.drop(message.reason, len(chunk.frames))
+
+    def fail(self, error: EngineError) -> None:
+        """End the stream: what is in flight is counted, the reader and later calls see the error."""
+        for _, chunk in self._in_flight.values():
+            self.counters.drop("rank_lost", len(chunk.frames))
+        self._in_flight.clear()
+        self._results.fail(error)
+
+
+class LocalEngine:
+    """One rank in a process of its own (`engine.api.Engine`)."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.memory: FrameMemory
+        self.restarts = 0
+        self._status = EngineStatus(EngineState.STARTING, 0)
+        self._chunk_cost_s = 0.0
+        self._rank: RankProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self._free_regions: list[int] = []
+        self._streams: dict[int, LocalStream] = {}
+
+    @property
+    def status(self) -> EngineStatus:
+        """See `Engine.status`."""
+        return self._status
+
+    @property
+    def capacity(self) -> Capacity:
+        """See `Engine.capacity`."""
+        return Capacity(self._chunk_cost_s, self.settings.max_streams, len(self._streams), CHUNK_FRAMES)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """See `Engine.frame_size`."""
+        return self.settings.width, self.settings.height
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the rank, for `doctor` and drills."""
+        return self._rank.process.pid if self._rank else None
+
+    async def start(self) -> None:
+        """See `Engine.start`. Raises FileNotFoundError for an unknown model, OSError without memory."""
+        _ = self.settings.model_dir
+        layout = FrameLayout(self.settings.max_streams, CHUNK_FRAMES, self.settings.height, self.settings.width)
+        self.memory = FrameMemory.create(layout)
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine/supervisor")
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        if self._supervisor is None:
+            return
+        self._supervisor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervisor
+        self._supervisor = None
+        self._lose_streams("the engine was closed")
+        self.memory.close()
+        await self._set_status(EngineStatus(EngineState.CLOSED, 0))
+
+    async def wait_ready(self) -> None:
+        """See `Engine.wait_ready`."""
+        async with self._changed:
+            while self._status.state is not EngineState.READY:
+                if self._status.state in (EngineState.FAILED, EngineState.CLOSED):
+                    raise EngineError(f"engine {self._status.state}: {self._status.detail}")
+                await self._changed.wait()
+
+    @contextlib.asynccontextmanager
+    async def open_stream(self, stream_id: str, params: StreamParams) -> AsyncIterator[LocalStream]:
+        """See `Engine.open_stream`."""
+        if self._status.state is not EngineState.READY:
+            raise EngineNotReady(f"engine is {self._status.state} ({self._status.percent} %): wait until it is ready")
+        if not self._free_regions:
+            raise EngineFull(f"all {self.settings.max_streams} streams are open: close one or raise max_streams")
+        region = self._free_regions.pop()
+        stream = LocalStream(self, region, stream_id)
+        self._streams[region] = stream
+        self.send(Open(stream=region, params=params))
+        try:
+            yield stream
+        finally:
+            # A lost rank has already dropped the stream, and the region with it.
+            if self._streams.get(region) is stream:
+                del self._streams[region]
+                self.send(Close(stream=region))
+
+    def send(self, message: ToRank) -> None:
+        """Queue a control message; its volume is bounded by the slots and the control channel's rate limit."""
+        if self._rank is not None and not self._rank.writer.is_closing():
+            self._rank.writer.write(encode(message))
+
+    async def _set_status(self, status: EngineStatus) -> None:
+        if status.state is not self._status.state:
+            log.info("engine %s%s", status.state, f": {status.detail}" if status.detail else "")
+        self._status = status
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _supervise(self) -> None:
+        """Keep one rank running, with a growing pause after a death, until closed or given up."""
+        deaths: list[float] = []
+        while True:
+            reason = await self._run_rank()
+            self._lose_streams(reason)
+            now = time.monotonic()
+            deaths = [at for at in deaths if now - at < BREAKER_WINDOW_S] + [now]
+            if len(deaths) >= BREAKER_DEATHS:
+                detail = f"{reason}; {len(deaths)} deaths in {BREAKER_WINDOW_S:.0f} s, see the log"
+                await self._set_status(EngineStatus(EngineState.FAILED, 0, detail))
+                return
+            self.restarts += 1
+            log.error("engine rank lost (%s), starting another", reason)
+            await self._set_status(EngineStatus(EngineState.STARTING, 0, f"restarting: {reason}"))
+            await asyncio.sleep(RESTART_DELAYS_S[min(len(deaths), len(RESTART_DELAYS_S)) - 1])
+
+    async def _run_rank(self) -> str:
+        """Start a rank and serve it until it is gone; returns why."""
+        self._free_regions = list(range(self.settings.max_streams))
+        try:
+            self._rank = await RankProcess.start(self.settings, self.memory)
+        except OSError as error:
+            return f"cannot start: {error}"
+        reason = "connection closed"
+        try:
+            reason = await self._read_messages(self._rank.reader)
+        finally:
+            rank, self._rank = self._rank, None
+            exit_status = await asyncio.shield(rank.stop())
+        return f"{reason}, exit status {exit_status}"
+
+    async def _read_messages(self, reader: asyncio.StreamReader) -> str:
+        """Handle what the rank says until end of file; a rank silent while starting is given up."""
+        while True:
+            starting = self._status.state is not EngineState.READY
+            try:
+                line = await asyncio.wait_for(reader.readline(), self.settings.start_timeout_s if starting else None)
+            except TimeoutError:
+                return f"no progress for {self.settings.start_timeout_s:.0f} s while starting"
+            except (ConnectionError, ValueError) as error:
+                return f"connection broke: {error}"
+            if not line:
+                return "process ended"
+            try:
+                await self._handle(decode_from_rank(line))
+            except ValidationError as error:
+                return f"bad message: {error}"
+
+    async def _handle(self, message: FromRank) -> None:
+        match message:
+            case Status():
+                self._chunk_cost_s = message.chunk_cost_s or self._chunk_cost_s
+                await self._set_status(EngineStatus(message.state, message.percent, message.detail))
+            case Closed():
+                self._free_regions.append(message.stream)
+            case Done():
+                cost = message.finished_at - message.started_at
+                self._chunk_cost_s += COST_SMOOTHING * (cost - self._chunk_cost_s)
+                if stream := self._streams.get(message.stream):
+                    stream.on_done(message)
+            case Dropped():
+                if stream := self._streams.get(message.stream):
+                    stream.on_dropped(message)
+            case StreamFailed():
+                if stream := self._streams.get(message.stream):
+                    stream.fail(EngineError(message.message))
+
+    def _lose_streams(self, reason: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(RankLost(f"the engine process of this stream is gone ({reason})"))

@@ -1,0 +1,235 @@
+"""FakeEngine: the engine's contract with a programmable delay and no torch, for tests and `serve --engine fake`.
+
+It keeps the true behaviour of memory and time: chunks are copied, one is rendered at a time, the same scheduler drops
+what is late. The "style" tints the frame by a colour made from the prompt, so that a change can be seen and tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import zlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.api import (
+    Capacity,
+    EngineError,
+    EngineFull,
+    EngineNotReady,
+    EngineState,
+    EngineStatus,
+    FrameChunk,
+    Frames,
+    RankLost,
+    RenderedChunk,
+    StreamCounters,
+    StreamParams,
+)
+from engine.config import CHUNK_FRAMES
+from engine.results import ResultQueue
+from engine.scheduler import Drop, Item, Scheduler
+
+
+def tint(frames: Frames, params: StreamParams) -> Frames:
+    """The fake style of [T, H, W, 3]: inverted, then mixed with the prompt's colour; strength 0 is the input."""
+    digest = zlib.crc32(params.prompt.encode())
+    colour = np.array([digest & 255, digest >> 8 & 255, digest >> 16 & 255], np.float32)
+    styled = 0.6 * (255.0 - frames) + 0.4 * colour
+    mixed = frames + params.strength * (styled - frames)
+    return (mixed + 0.5).clip(0, 255).astype(np.uint8)
+
+
+@dataclass
+class FakeStream:
+    """One stream of the fake engine (`engine.api.EngineStream`)."""
+
+    engine: FakeEngine
+    number: int
+    params: StreamParams
+
+    def __post_init__(self) -> None:
+        self.counters = StreamCounters()
+        self.waiting: dict[int, FrameChunk] = {}
+        self.revision = 0
+        self.pending: tuple[int, StreamParams] | None = None
+        self.results = ResultQueue(self.counters)
+        self._updates = 0
+
+    def submit(self, chunk: FrameChunk) -> None:
+        """See `EngineStream.submit`."""
+        if self.results.error is not None:
+            raise self.results.error
+        width, height = self.engine.frame_size
+        if chunk.frames.shape[1:] != (height, width, 3) or not 1 <= len(chunk.frames) <= CHUNK_FRAMES:
+            raise ValueError(f"chunk of shape {chunk.frames.shape}, expected [1..4, {height}, {width}, 3]")
+        self.counters.submitted += 1
+        self.waiting[chunk.index] = chunk
+        self.engine.push(Item(self.number, chunk.index, 0, len(chunk.frames), chunk.deadline))
+
+    def update(self, params: StreamParams) -> int:
+        """See `EngineStream.update`."""
+        if self.results.error is not None:
+            raise self.results.error
+        self._updates += 1
+        self.pending = (self._updates, params)
+        return self._updates
+
+    def __aiter__(self) -> AsyncIterator[RenderedChunk]:
+        """See `EngineStream.__aiter__`."""
+        return aiter(self.results)
+
+    def fail(self, error: EngineError) -> None:
+        """End the stream with an error, as a lost rank does."""
+        for chunk in self.waiting.values():
+            self.counters.drop("rank_lost", len(chunk.frames))
+        self.waiting.clear()
+        self.results.fail(error)
+
+
+class FakeEngine:
+    """The contract of `engine.api.Engine` in this process.
+
+    delay_s: how long a chunk takes; may be changed while it runs. load_s: how long `start` takes to become ready.
+    """
+
+    def __init__(
+        self,
+        width: int = 256,
+        height: int = 256,
+        *,
+        delay_s: float = 0.02,
+        load_s: float = 0.0,
+        max_streams: int = 4,
+    ) -> None:
+        self.delay_s = delay_s
+        self.load_s = load_s
+        self.max_streams = max_streams
+        self.streams: dict[int, FakeStream] = {}
+        self._size = (width, height)
+        self._status = EngineStatus(EngineState.STARTING, 0)
+        self._scheduler = Scheduler()
+        self._work = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._loop_task: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> EngineStatus:
+        """See `Engine.status`."""
+        return self._status
+
+    @property
+    def capacity(self) -> Capacity:
+        """See `Engine.capacity`."""
+        return Capacity(self.delay_s, self.max_streams, len(self.streams), CHUNK_FRAMES)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """See `Engine.frame_size`."""
+        return self._size
+
+    async def start(self) -> None:
+        """See `Engine.start`."""
+        self._loop_task = asyncio.create_task(self._run(), name="engine/fake")
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop_task
+            self._loop_task = None
+            self._lose_streams("the engine was closed")
+            await self._set_status(EngineStatus(EngineState.CLOSED, 0))
+
+    async def wait_ready(self) -> None:
+        """See `Engine.wait_ready`."""
+        async with self._changed:
+            while self._status.state is not EngineState.READY:
+                if self._status.state in (EngineState.FAILED, EngineState.CLOSED):
+                    raise EngineError(f"engine {self._status.state}: {self._status.detail}")
+                await self._changed.wait()
+
+    @contextlib.asynccontextmanager
+    async def open_stream(self, stream_id: str, params: StreamParams) -> AsyncIterator[FakeStream]:
+        """See `Engine.open_stream`."""
+        if self._status.state is not EngineState.READY:
+            raise EngineNotReady(f"engine is {self._status.state}: wait until it is ready")
+        number = next((n for n in range(self.max_streams) if n not in self.streams), None)
+        if number is None:
+            raise EngineFull(f"all {self.max_streams} streams are open: close one or raise max_streams")
+        stream = self.streams[number] = FakeStream(self, number, params)
+        self._scheduler.open(number)
+        try:
+            yield stream
+        finally:
+            if self.streams.get(number) is stream:
+                del self.streams[number]
+                self._scheduler.close(number)
+
+    async def lose_rank(self, *, down_s: float = 0.0) -> None:
+        """Behave as if the rank had died: every stream fails; ready again after `down_s`."""
+        self._lose_streams("told to")
+        await self._set_status(EngineStatus(EngineState.STARTING, 0, "restarting"))
+        await asyncio.sleep(down_s)
+        await self._set_status(EngineStatus(EngineState.READY, 100))
+
+    def push(self, item: Item) -> None:
+        """Take a chunk from a stream."""
+        self._drop(self._scheduler.push(item))
+        self._work.set()
+
+    async def _set_status(self, status: EngineStatus) -> None:
+        self._status = status
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _run(self) -> None:
+        await self._set_status(EngineStatus(EngineState.LOADING, 10, "loading the fake"))
+        await asyncio.sleep(self.load_s)
+        await self._set_status(EngineStatus(EngineState.READY, 100))
+        while True:
+            item, drops = self._scheduler.pick(time.monotonic(), self.delay_s)
+            self._drop(drops)
+            if item is None:
+                self._work.clear()
+                await self._work.wait()
+            elif stream := self.streams.get(item.stream):
+                await self._render(stream, item)
+
+    async def _render(self, stream: FakeStream, item: Item) -> None:
+        started = time.monotonic()
+        if stream.pending is not None:
+            stream.revision, stream.params = stream.pending
+            stream.pending = None
+        chunk = stream.waiting[item.chunk]
+        frames = tint(chunk.frames, stream.params)
+        await asyncio.sleep(self.delay_s)
+        if stream.waiting.pop(item.chunk, None) is None:
+            return
+        stream.results.put(
+            RenderedChunk(
+                index=chunk.index,
+                frames=frames,
+                frame_indices=chunk.frame_indices,
+                captured_at=chunk.captured_at,
+                revision=stream.revision,
+                engine_started_at=started,
+                engine_finished_at=time.monotonic(),
+            )
+        )
+
+    def _drop(self, drops: list[Drop]) -> None:
+        for drop in drops:
+            if stream := self.streams.get(drop.item.stream):
+                chunk = stream.waiting.pop(drop.item.chunk)
+                stream.counters.drop(drop.reason, len(chunk.frames))
+
+    def _lose_streams(self, reason: str) -> None:
+        streams, self.streams = self.streams, {}
+        for number, stream in streams.items():
+            self._scheduler.close(number)
+            stream.fail(RankLost(f"the engine process of this stream is gone ({reason})"))

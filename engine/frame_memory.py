@@ -1,0 +1,77 @@
+"""Preallocated shared memory for frames: one ring of slots a stream, each slot one chunk of uint8 RGB.
+
+An anonymous file is inherited by the rank, so it has no name in any file system and nothing can be left behind: it
+is gone with the last process that holds it. Pages are only committed when a stream first writes them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.api import Frames
+
+# One chunk being rendered, two waiting (the scheduler's bound), one being filled or read by the server.
+SLOTS_PER_STREAM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLayout:
+    """Shape of the arena: streams x SLOTS_PER_STREAM slots of [chunk_frames, height, width, 3] uint8."""
+
+    streams: int
+    chunk_frames: int
+    height: int
+    width: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one chunk."""
+        return self.chunk_frames * self.height * self.width * 3
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole arena."""
+        return self.streams * SLOTS_PER_STREAM * self.slot_bytes
+
+
+class FrameMemory:
+    """The arena as mapped into this process. Close it in every process that opened it."""
+
+    def __init__(self, fd: int, layout: FrameLayout) -> None:
+        """Map the file `fd`, taking ownership of it. Raises ValueError if it is smaller than the layout."""
+        self.fd = fd
+        self.layout = layout
+        size = os.fstat(fd).st_size
+        if size < layout.total_bytes:
+            raise ValueError(f"frame memory holds {size} bytes, the layout needs {layout.total_bytes}")
+        self._map = mmap.mmap(fd, layout.total_bytes)
+
+    @classmethod
+    def create(cls, layout: FrameLayout) -> FrameMemory:
+        """A new arena. Raises OSError when the machine has no room for it."""
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("livebrush-frames")
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, layout.total_bytes)
+        return cls(fd, layout)
+
+    def slot(self, stream: int, slot: int, frames: int) -> Frames:
+        """A writable view of the first `frames` frames of a slot: [frames, height, width, 3]."""
+        layout = self.layout
+        offset = (stream * SLOTS_PER_STREAM + slot) * layout.slot_bytes
+        shape = (frames, layout.height, layout.width, 3)
+        return np.ndarray(shape, np.uint8, buffer=self._map, offset=offset)
+
+    def close(self) -> None:
+        """Unmap and forget. No view may be in use any more. Idempotent."""
+        if self.fd >= 0:
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1

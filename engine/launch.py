@@ -1,0 +1,69 @@
+"""Start one rank as a process of its own, and stop it. The worker module is imported in the child only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+
+from engine.config import EngineSettings
+from engine.frame_memory import FrameMemory
+from engine.messages import MAX_LINE_BYTES
+
+STOP_TIMEOUT_S = 3.0
+
+
+class RankProcess:
+    """A running rank: its process and the line-based control connection.
+
+    The rank leads its own session: Ctrl-C reaches only the server, which then closes the connection, and end of file
+    there is the rank's one order to stop. So it also goes when the server is killed.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def start(cls, settings: EngineSettings, memory: FrameMemory) -> RankProcess:
+        """Start the rank; it reports its progress as `Status` messages. Raises OSError if it cannot be started."""
+        ours, theirs = socket.socketpair()
+        # Both must be in place before torch is loaded: spinning OpenMP threads beside other work cost a factor of ten.
+        env = os.environ | {
+            "OMP_NUM_THREADS": str(settings.threads),
+            "OMP_WAIT_POLICY": "passive",
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, "-P", "-m", "engine.worker"]
+        command += [str(theirs.fileno()), str(memory.fd), settings.model_dump_json()]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                pass_fds=(theirs.fileno(), memory.fd),
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
+        return cls(process, reader, writer)
+
+    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Ask by closing the connection, then insist. Returns the exit status; bounded by twice the timeout."""
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
+        try:
+            return await asyncio.wait_for(self.process.wait(), timeout_s)
+        except TimeoutError:
+            self.process.kill()
+            return await asyncio.wait_for(self.process.wait(), timeout_s)
