@@ -1,0 +1,343 @@
+"""The causal diffusion transformer of Wan 2.1: one class from livebrush-tiny to 14B.
+
+Axes in names: B batch, T latent frames, C latent channels, H and W latent rows and columns, N tokens, E model
+width (dim), D channels of one head, L text positions, K text width.
+
+What differs from Wan is switched on by the configuration alone: source latents as further input channels, the
+mean prompt embedding added to the time embedding, prediction of the residual on the source, and two
+convolutions on the predicted latent. Tokens of one chunk see each other, the sink frames and the rolling window.
+How they get at the keys of earlier frames is the business of an `Attention`: `ClipAttention` here has the whole
+clip at hand (training, tests), `engine.kv_cache` holds what a stream keeps. Both place the visible frames at
+positions 0, 1, and so on (sinks first, the newest last), so a stream never runs out of positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.wan.presets import TransformerConfig
+from engine.wan.rope import Rotation, rope_rotation, rotate
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What the transformer keeps of a prompt: text keys and values [B, heads, L, D] per layer, and the pooled
+    embedding [B, E] where the model takes one.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    pooled: Tensor | None
+
+
+class Attention(Protocol):
+    """Self attention over everything a chunk may see."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from q [B, heads, N, D] to k and v of the same tokens and of what came before; like q.
+
+        q and k come after their norm and before rotation.
+        """
+
+
+class ClipAttention:
+    """Whole-clip attention: each chunk sees itself, the sinks and its own window, exactly as when streaming.
+
+    A loop over chunks without a mask: it skips what a masked product would throw away, and it lets keys take the
+    positions they have in the window of each query, which change as the window rolls.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, grid: tuple[int, int, int], chunks: Sequence[int], rotation: Rotation
+    ) -> None:
+        """Prepare for a clip.
+
+        Args:
+            grid: frames, token rows, token columns of the clip.
+            chunks: latent frames per chunk, in order; their sum is the clip's length.
+            rotation: tables for min(frames, window) frames of this grid.
+        """
+        frames, rows, columns = grid
+        if sum(chunks) != frames or min(chunks) < 1:
+            raise ValueError(f"chunks {tuple(chunks)} must be positive and add up to {frames} latent frames")
+        if max(chunks) > config.window_frames - config.sink_frames:
+            raise ValueError(
+                f"a chunk of {max(chunks)} latent frames does not fit the rolling part of the window, "
+                f"{config.window_frames - config.sink_frames}"
+            )
+        self._window, self._sink = config.window_frames, config.sink_frames
+        self._tokens = rows * columns
+        self._chunks = tuple(chunks)
+        self._rotation = rotation
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attention.attend`; the same for every layer."""
+        n, window = self._tokens, self._window
+        prefix = min(k.shape[2] // n, window)
+        rotated = rotate(k[:, :, : prefix * n], self._rotation.narrow(0, prefix * n))
+        out, end = [], 0
+        for length in self._chunks:
+            start, end = end, end + length
+            seen = min(end, window)
+            if end <= window:
+                keys, values = rotated[:, :, : end * n], v[:, :, : end * n]
+            else:
+                oldest = end - window + self._sink
+                spans = (slice(0, self._sink * n), slice(oldest * n, end * n))
+                keys = torch.cat([k[:, :, span] for span in spans], dim=2)
+                keys = rotate(keys, self._rotation.narrow(0, window * n))
+                values = torch.cat([v[:, :, span] for span in spans], dim=2)
+            place = self._rotation.narrow((seen - length) * n, length * n)
+            query = rotate(q[:, :, start * n : end * n], place)
+            out.append(functional.scaled_dot_product_attention(query, keys, values))
+        return torch.cat(out, dim=2)
+
+
+def timestep_embedding(timestep_B: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of timestep * 10000 ** (-i / half), float32 [B, width].
+
+    Args:
+        timestep_B: 0 (clean) to 1000 (pure noise).
+    Source: Wan 2.1; the angles are formed in float64 as there.
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float64, device=timestep_B.device)
+    angle = timestep_B.double()[:, None] * 10000.0 ** (-index / half)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Fused q, k, v projection with RMS norm over all heads together on q and k."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BNE: Tensor, layer: int, attention: Attention) -> Tensor:
+        """Attend by `attention`; [B, N, E]."""
+        q, k, v = self.qkv(x_BNE).chunk(3, dim=-1)
+        q, k, v = (_split_heads(y, self.heads) for y in (self.norm_q(q), self.norm_k(k), v))
+        out: Tensor = self.out(_merge_heads(attention.attend(layer, q, k, v)))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt, without positions; padding rows are attended too, as Wan does."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def keys_values(self, text_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the embedded prompt, each [B, heads, L, D]."""
+        k, v = self.kv(text_BLE).chunk(2, dim=-1)
+        return _split_heads(self.norm_k(k), self.heads), _split_heads(v, self.heads)
+
+    def forward(self, x_BNE: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend to what `keys_values` returned; [B, N, E]."""
+        q = _split_heads(self.norm_q(self.q(x_BNE)), self.heads)
+        out: Tensor = self.out(_merge_heads(functional.scaled_dot_product_attention(q, key, value)))
+        return out
+
+
+class Block(nn.Module):
+    """One transformer block; six modulation vectors are its table plus the shared time projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.cross_norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+
+    def forward(
+        self, x_BNE: Tensor, time_B6E: Tensor, layer: int, prompt: PromptContext, attention: Attention
+    ) -> Tensor:
+        """Self attention, cross attention, feed-forward, each added to its input."""
+        m = (self.modulation + time_B6E).unsqueeze(2).unbind(1)
+        attended = self.self_attn(_modulate(x_BNE, m[0], m[1], self.eps), layer, attention)
+        x_BNE = torch.addcmul(x_BNE, attended, m[2])
+        x_BNE = x_BNE + self.cross_attn(self.cross_norm(x_BNE), prompt.keys[layer], prompt.values[layer])
+        return torch.addcmul(x_BNE, self.ffn(_modulate(x_BNE, m[3], m[4], self.eps)), m[5])
+
+
+def _modulate(x_BNE: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return torch.addcmul(shift, functional.layer_norm(x_BNE, x_BNE.shape[-1:], eps=eps), 1 + scale)
+
+
+class Refiner(nn.Module):
+    """Two 3x3 convolutions on the predicted latent beside its source: they soften the borders between tokens.
+
+    Time and prompt scale and shift the features between them, since a contour and a wash want different help.
+    Starts as the identity. 5 ms a chunk at 256x256 on one core.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, channels = config.refine_channels, config.latent_channels
+        self.conv_in = nn.Conv2d(channels + config.condition_channels, width, 3, padding=1)
+        self.film = nn.Linear(config.dim, 2 * width)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        for parameter in (*self.film.parameters(), *self.conv_out.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, time_BE: Tensor) -> Tensor:
+        """The network's output with its correction added, same shape."""
+        frames = output_BTCHW.shape[1]
+        x = output_BTCHW if source_BTCHW is None else torch.cat((output_BTCHW, source_BTCHW), dim=2)
+        film = self.film(functional.silu(time_BE)).repeat_interleave(frames, 0)
+        scale, shift = film[:, :, None, None].chunk(2, dim=1)
+        x = functional.silu(torch.addcmul(shift, self.conv_in(x.flatten(0, 1)), 1 + scale))
+        out: Tensor = output_BTCHW + self.conv_out(x).view_as(output_BTCHW)
+        return out
+
+
+class CausalTransformer(nn.Module):
+    """Denoises latents chunk by chunk. Holds weights only: what belongs to a stream comes as an argument."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, area = config.dim, config.patch[1] * config.patch[2]
+        self.patch_embed = nn.Linear((config.latent_channels + config.condition_channels) * area, dim)
+        self.text_embed = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embed = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_project = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.pooled_embed = nn.Linear(config.text_dim, dim) if config.pooled_text else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head_modulation = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.head = nn.Linear(dim, config.latent_channels * area)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.refine = Refiner(config) if config.refine_channels else None
+
+    def grid(self, latent_BTCHW: Tensor) -> tuple[int, int, int]:
+        """Latent frames, token rows and token columns; ValueError if the patch does not divide it."""
+        _, frames, _, height, width = latent_BTCHW.shape
+        _, rows, columns = self.config.patch
+        if height % rows or width % columns:
+            raise ValueError(f"latent size {width}x{height} must be a multiple of the patch {columns}x{rows}")
+        return frames, height // rows, width // columns
+
+    def prompt_context(self, text_BLK: Tensor, mean_BK: Tensor | None = None) -> PromptContext:
+        """Text keys and values of all layers; run once per prompt, not per chunk.
+
+        Args:
+            text_BLK: text encoder states, padded with zero rows to text_len.
+            mean_BK: mean state over the true pieces; needed where the configuration has pooled_text.
+        """
+        text_BLE = self.text_embed(text_BLK)
+        pairs = [block.cross_attn.keys_values(text_BLE) for block in self._blocks()]
+        pooled = None
+        if self.pooled_embed is not None:
+            if mean_BK is None:
+                raise ValueError("this model adds the mean prompt embedding to the time: pass mean_BK")
+            pooled = self.pooled_embed(mean_BK)
+        return PromptContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), pooled)
+
+    def forward(
+        self,
+        noisy_BTCHW: Tensor,
+        source_BTCHW: Tensor | None,
+        timestep_B: Tensor,
+        prompt: PromptContext,
+        attention: Attention,
+    ) -> Tensor:
+        """One pass over the frames given; what came before is in `attention`.
+
+        Args:
+            noisy_BTCHW: x_t, in the model's dtype.
+            source_BTCHW: source latent with condition_channels channels, None where the model takes none.
+            timestep_B: 1000 * sigma, float32.
+
+        Returns: flow or source residual, as the configuration's `prediction` says; shape of noisy_BTCHW.
+        """
+        frames, rows, columns = self.grid(noisy_BTCHW)
+        time_BE = self.time_embed(timestep_embedding(timestep_B, self.config.freq_dim).to(noisy_BTCHW.dtype))
+        if prompt.pooled is not None:
+            time_BE = time_BE + prompt.pooled
+        time_B6E = self.time_project(time_BE).view(-1, 6, self.config.dim)
+        x_BTCHW = noisy_BTCHW if source_BTCHW is None else torch.cat((noisy_BTCHW, source_BTCHW), dim=2)
+        x_BNE = self.patch_embed(self._patchify(x_BTCHW))
+        for layer, block in enumerate(self._blocks()):
+            x_BNE = block(x_BNE, time_B6E, layer, prompt, attention)
+        shift, scale = (self.head_modulation + time_BE[:, None]).unsqueeze(2).unbind(1)
+        x_BNE = self.head(_modulate(x_BNE, shift, scale, self.config.eps))
+        out = self._unpatchify(x_BNE, frames, rows, columns)
+        return out if self.refine is None else self.refine(out, source_BTCHW, time_BE)
+
+    def forward_clip(
+        self,
+        noisy_BTCHW: Tensor,
+        source_BTCHW: Tensor | None,
+        timestep_B: Tensor,
+        prompt: PromptContext,
+        *,
+        chunks: Sequence[int] | None = None,
+        origin: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """The whole clip at once, equal to streaming it in one step a chunk; for training and tests.
+
+        Args:
+            chunks: latent frames per chunk; one each by default. The clip may be longer than the window.
+            origin: token row and column of the top left corner, where the clip is a crop of a larger picture.
+        """
+        grid = self.grid(noisy_BTCHW)
+        frames, rows, columns = grid
+        rotation = rope_rotation(
+            self.config.head_dim,
+            min(frames, self.config.window_frames),
+            rows,
+            columns,
+            origin=origin,
+            device=noisy_BTCHW.device,
+        )
+        attention = ClipAttention(self.config, grid, chunks or (1,) * frames, rotation)
+        out: Tensor = self(noisy_BTCHW, source_BTCHW, timestep_B, prompt, attention)
+        return out
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _patchify(self, x_BTCHW: Tensor) -> Tensor:
+        batch, frames, channels, height, width = x_BTCHW.shape
+        _, p, q = self.config.patch
+        x = x_BTCHW.reshape(batch, frames, channels, height // p, p, width // q, q)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(batch, frames * (height // p) * (width // q), channels * p * q)
+
+    def _unpatchify(self, x_BNE: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        _, p, q = self.config.patch
+        x = x_BNE.view(x_BNE.shape[0], frames, rows, columns, p, q, self.config.latent_channels)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(
+            x_BNE.shape[0], frames, self.config.latent_channels, rows * p, columns * q
+        )
