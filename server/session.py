@@ -1,0 +1,351 @@
+"""One peer's session: its tasks, from the remote track through the engine to the outgoing track.
+
+    camera frames -> rate gate -> chunk -> engine -> pacer -> presenter -> outgoing track
+
+While there is no engine (the model loads, a rank was lost) the camera itself goes to the pacer, so that there is always
+a moving picture. The session opens everything it uses and closes it when its `run` ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from engine.api import (
+    Engine,
+    EngineError,
+    EngineState,
+    EngineStream,
+    FrameChunk,
+    Frames,
+    RankLost,
+    RenderedChunk,
+    StreamParams,
+)
+from server import control
+from server.acks import Ack, AckBook
+from server.ingest import ChunkAssembler, RateGate, to_rgb
+from server.metrics import ServerMetrics, SessionMetrics
+from server.pacer import Pacer
+from server.peer import Peer, PeerGone, answer_offer
+from server.presenter import RESTYLED, Picture, Presenter
+from server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+TELEMETRY_PERIOD_S = 0.5
+# Chunks whose camera frames are kept until the restyled ones return: the engine's slots, and one.
+MAX_SOURCES = 5
+RELEASE_POLL_S = 0.25
+AUDIO_DELAY_SMOOTHING = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SessionContext:
+    """What every session of a server shares."""
+
+    engine: Engine
+    settings: ServerSettings
+    metrics: ServerMetrics
+    executor: Executor
+    clock: Callable[[], float] = time.monotonic
+
+
+class Session:
+    """One peer's tasks. `run` serves until the peer leaves; `answered` resolves to the SDP answer."""
+
+    def __init__(
+        self,
+        session_id: str,
+        context: SessionContext,
+        params: StreamParams,
+        *,
+        fps: float,
+        bypass: bool = False,
+    ) -> None:
+        self.id = session_id
+        self.params = params
+        self.fps = fps
+        self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._context = context
+        self._clock = context.clock
+        self.metrics = SessionMetrics(context.metrics, self._clock(), context.settings.latency_budget_s)
+        self.peer: Peer | None = None
+        self._stream: EngineStream | None = None
+        self._stream_drops = 0
+        self._gate = RateGate(fps)
+        self._pacer: Pacer[Picture] = Pacer(fps)
+        self._presenter = Presenter(bypass=bypass)
+        self._sources: dict[int, FrameChunk] = {}
+        self._assembler = self._new_assembler()
+        self._restyling = False
+        self._released = asyncio.Event()
+        self._acks = AckBook()
+        self._bad_messages = 0
+
+    # --- lifetime
+
+    async def run(self, offer_sdp: str) -> str:
+        """Answer the offer and serve; returns why the peer left. What it opens is closed when this ends.
+
+        Raises: ServerError when the offer cannot be answered.
+        """
+        async with answer_offer(offer_sdp, self._context.settings.media) as peer:
+            self.peer = peer
+            self.answered.set_result(peer.answer_sdp)
+            reason = ""
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
+                        tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
+            except* PeerGone as gone:
+                reason = _first_reason(gone)
+        return reason
+
+    async def _watch(self, peer: Peer) -> None:
+        raise PeerGone(await peer.wait_until_gone())
+
+    # --- camera to engine
+
+    async def _ingest(self, peer: Peer) -> None:
+        """Feed the newest camera frame of the agreed rate to the engine, or to the pacer while there is none."""
+        loop = asyncio.get_running_loop()
+        width, height = self._context.engine.frame_size
+        while (frame := await peer.next_frame()) is not None:
+            admitted = self._gate.admit(frame.arrived_at)
+            self.metrics.on_arrival(self._clock(), admitted=admitted)
+            if not admitted:
+                continue
+            rgb = await loop.run_in_executor(self._context.executor, to_rgb, frame.picture, width, height)
+            self._take(rgb, frame.index, frame.arrived_at)
+
+    def _take(self, rgb: Frames, index: int, arrived_at: float) -> None:
+        stream = self._stream
+        # Once the user looks at the camera it keeps moving until the restyled picture comes; a warm server starts
+        # with the restyled picture and never shows the camera.
+        camera_shown = self.metrics.released > 0
+        if not self._restyling and (stream is None or camera_shown):
+            self._queue([Picture(index, arrived_at, rgb)])
+        if stream is None:
+            return
+        chunk = self._assembler.push(rgb, index=index, arrived_at=arrived_at)
+        if chunk is None:
+            return
+        self._sources[chunk.index] = chunk
+        while len(self._sources) > MAX_SOURCES:
+            self._sources.pop(next(iter(self._sources)))
+        try:
+            stream.submit(chunk)
+        except EngineError:
+            # The render task sees the same error and takes the stream down.
+            self.metrics.on_dropped(self._clock(), "engine_lost", len(chunk.frames))
+        self._count_engine_drops(stream)
+
+    def _count_engine_drops(self, stream: EngineStream) -> None:
+        dropped = stream.counters.frames_dropped
+        self.metrics.on_dropped(self._clock(), "engine", dropped - self._stream_drops)
+        self._stream_drops = dropped
+
+    # --- engine to pacer
+
+    async def _render(self, peer: Peer) -> None:
+        """Keep a stream open on the engine whenever there is one, and queue what it renders."""
+        engine = self._context.engine
+        while True:
+            if engine.status.state is not EngineState.READY:
+                self._notice("model_loading", "The model is loading; you see your camera until it is ready.")
+            try:
+                await engine.wait_ready()
+                async with engine.open_stream(self.id, self.params) as stream:
+                    self._open(stream)
+                    self._notice("model_ready", "The model is ready.")
+                    async for chunk in stream:
+                        self._on_rendered(stream, chunk)
+            except RankLost:
+                self._notice("engine_lost", "The engine stopped; you see your camera until it is back.")
+            except EngineError as error:
+                log.error("session %s: %s", self.id, error)
+                self._notice("engine_lost", f"No restyling: {error}")
+                await asyncio.sleep(1.0)
+            finally:
+                self._close_stream()
+
+    def _open(self, stream: EngineStream) -> None:
+        self._assembler = self._new_assembler()
+        self._sources.clear()
+        self._stream_drops = 0
+        self._stream = stream
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._count_engine_drops(self._stream)
+            self.metrics.on_dropped(self._clock(), "engine", self._assembler.pending)
+        self._stream = None
+        self._restyling = False
+        self._sources.clear()
+        # Revisions count anew on the next stream, which is opened with these parameters.
+        self._send_acks(self._acks.clear())
+
+    def _on_rendered(self, stream: EngineStream, chunk: RenderedChunk) -> None:
+        now = self._clock()
+        self._count_engine_drops(stream)
+        self.metrics.on_chunk(
+            now, chunk.engine_started_at - chunk.captured_at[-1], chunk.engine_finished_at - chunk.engine_started_at
+        )
+        for index in [index for index in self._sources if index < chunk.index]:
+            del self._sources[index]
+        source = self._sources.pop(chunk.index, None)
+        if source is None:
+            self.metrics.on_dropped(now, "source_forgotten", len(chunk.frames))
+            return
+        self._restyling = True
+        self._queue(
+            [
+                Picture(index, arrived_at, camera, restyled, chunk.revision)
+                for index, arrived_at, camera, restyled in zip(
+                    chunk.frame_indices, chunk.captured_at, source.frames, chunk.frames, strict=True
+                )
+            ]
+        )
+
+    # --- pacer to peer
+
+    def _queue(self, pictures: list[Picture]) -> None:
+        now = self._clock()
+        dropped = self._pacer.push(pictures, now)
+        self.metrics.on_dropped(now, "pacer_full", len(dropped))
+        self._released.set()
+
+    async def _play(self, peer: Peer) -> None:
+        """Release every picture when it is due."""
+        while True:
+            due = self._pacer.due_at()
+            if due is None:
+                self._released.clear()
+                await self._released.wait()
+                continue
+            if (wait := due - self._clock()) > 0:
+                await asyncio.sleep(min(wait, RELEASE_POLL_S))
+                continue
+            self._release(peer, self._pacer.pop(self._clock()))
+
+    def _release(self, peer: Peer, picture: Picture) -> None:
+        now = self._clock()
+        frame = self._presenter.present(picture)
+        peer.send_frame(frame)
+        self.metrics.on_release(now, picture.arrived_at, restyled=frame.kind == RESTYLED)
+        peer.video_delay_s += AUDIO_DELAY_SMOOTHING * (now - picture.arrived_at - peer.video_delay_s)
+        if picture.restyled is not None:
+            self._send_acks(self._acks.shown(picture.index, picture.revision))
+
+    # --- control and telemetry
+
+    async def _control(self, peer: Peer) -> None:
+        """Follow the messages of the page; the rate limit and the parser are the walls."""
+        bucket = control.TokenBucket(control.MESSAGES_PER_S, control.MESSAGES_BURST)
+        while (text := await peer.next_message()) is not None:
+            if not bucket.take(self._clock()):
+                self._on_bad_message(
+                    control.encode(
+                        "error",
+                        code="too_fast",
+                        message=f"over {control.MESSAGES_PER_S:.0f} messages a second: message ignored, slow down",
+                    )
+                )
+                continue
+            try:
+                self._follow(control.parse(text))
+            except control.ControlError as error:
+                self._on_bad_message(error.reply)
+
+    def _on_bad_message(self, reply: str) -> None:
+        assert self.peer is not None
+        self._bad_messages += 1
+        self.peer.send_control(reply)
+        if self._bad_messages > control.MAX_BAD_MESSAGES:
+            raise PeerGone("too_many_bad_messages")
+
+    def _follow(self, message: control.ControlMessage) -> None:
+        assert self.peer is not None
+        match message:
+            case control.Params():
+                self.params = message.applied_to(self.params)
+                self._request_ack(message.id, self._stream.update(self.params) if self._stream else None)
+            case control.Bypass():
+                self._presenter.bypass = message.on
+                self._request_ack(message.id, 0 if self._stream else None)
+            case control.Ping():
+                self.peer.send_control(control.encode("pong", id=message.id, t_ms=message.t_ms, server_s=self._clock()))
+            case control.Bye():
+                raise PeerGone("goodbye")
+
+    def _request_ack(self, request_id: int, revision: int | None) -> None:
+        """Acknowledge with the first frame shaped by `revision`; at once when no stream is open (None)."""
+        if revision is None:
+            self._send_acks([Ack(request_id, None)])
+        else:
+            self._acks.add(request_id, revision, self._clock())
+
+    def _send_acks(self, acks: list[Ack]) -> None:
+        assert self.peer is not None
+        for ack in acks:
+            self.peer.send_control(
+                control.encode("ack", id=ack.request_id, first_frame=ack.first_frame, params=self.params.model_dump())
+            )
+
+    def _notice(self, code: str, message: str, **fields: object) -> None:
+        if self.peer is not None:
+            self.peer.send_control(control.encode("notice", code=code, message=message, **fields))
+
+    async def _telemetry(self, peer: Peer) -> None:
+        """Frame marks and figures, twice a second."""
+        while True:
+            await asyncio.sleep(TELEMETRY_PERIOD_S)
+            self._send_acks(self._acks.expired(self._clock()))
+            marks = [
+                [mark.rtp_timestamp, mark.index, round(mark.arrived_at, 4), round(mark.released_at, 4), mark.kind]
+                for mark in peer.take_marks()
+            ]
+            if marks:
+                peer.send_telemetry(control.encode("marks", frames=marks))
+            peer.send_telemetry(control.encode("stats", **self.stats()))
+
+    def stats(self) -> dict[str, object]:
+        """The session's figures, as telemetry and REST show them."""
+        engine = self._context.engine
+        return self.metrics.stats() | {
+            "agreed_fps": self.fps,
+            "limited_by": self._limited_by(),
+            "sessions": engine.capacity.open_streams,
+            "state": str(self._presenter.view),
+        }
+
+    def _limited_by(self) -> str:
+        """What keeps the picture below the best this server gives."""
+        if self.metrics.input_fps() < 0.9 * self.fps:
+            return "camera"
+        if self.fps < self._context.settings.max_fps or self.metrics.dropped["engine"] > 0.01 * self.metrics.due:
+            return "cpu"
+        return "none"
+
+    def set_rate(self, fps: float) -> None:
+        """Agree another output rate from now on, with a notice to the page."""
+        if fps == self.fps:
+            return
+        self.fps = fps
+        self._gate.set_rate(fps)
+        self._pacer.set_rate(fps)
+        self._notice("rate_changed", f"The picture now runs at {fps:g} frames a second.", fps=fps)
+
+    def _new_assembler(self) -> ChunkAssembler:
+        settings = self._context.settings
+        return ChunkAssembler(self._context.engine.capacity.chunk_frames, settings.latency_budget_s)
+
+
+def _first_reason(group: BaseExceptionGroup[PeerGone]) -> str:
+    gone = group.exceptions[0]
+    return _first_reason(gone) if isinstance(gone, BaseExceptionGroup) else gone.reason
