@@ -14,9 +14,17 @@ class ServerError(Exception):
     code = "internal"
     retryable = False
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code or type(self).code
+        self.status = status or type(self).status
         self.retry_after_s = retry_after_s
 
 
@@ -24,6 +32,12 @@ class BadRequest(ServerError):
     """The request is broken."""
 
     status, code = 400, "bad_request"
+
+
+class Forbidden(ServerError):
+    """The request comes from where none is accepted."""
+
+    status, code = 403, "forbidden"
 
 
 class NotFound(ServerError):

@@ -43,6 +43,10 @@ class ServerSettings(BaseModel):
     max_fps: float = Field(default=24.0, gt=0, le=60, description="agreed output rate when there is room")
     min_fps: float = Field(default=8.0, gt=0, le=60, description="below this per session the server is full")
     max_sessions: PositiveInt = Field(default=4, description="seats, whatever the engine could carry")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=("localhost", "127.0.0.1", "[::1]"),
+        description="names in the Host header that are answered; add the one of your HTTPS proxy",
+    )
     web_dir: Path = WEB_DIR
 
     @model_validator(mode="after")
@@ -53,8 +57,8 @@ class ServerSettings(BaseModel):
             raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {self.engine.max_streams}")
         if not self.is_loopback:
             raise ValueError(
-                f"host {self.host} is not a loopback address: this version has no tokens yet, so anyone could use the"
-                " camera and the machine; keep 127.0.0.1 and put an authenticating HTTPS proxy or an SSH tunnel before it"
+                f"host {self.host} is not a loopback address: this version has no tokens yet, so anyone could use"
+                " this machine; keep 127.0.0.1 and put an authenticating HTTPS proxy or an SSH tunnel before it"
             )
         return self
 

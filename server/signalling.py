@@ -1,0 +1,229 @@
+"""HTTP: offer and answer, health, metrics, the page. Parses and replies, decides nothing (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.api import EngineState, StreamParams
+from server.control import TokenBucket
+from server.errors import BadRequest, Forbidden, ServerError, TooLarge, TooManyRequests, WrongMediaType, problem
+from server.registry import SessionRegistry
+from server.session import SessionContext
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 48 * 1024
+MAX_CANDIDATES = 24
+OFFERS_PER_S = 2.0
+OFFERS_BURST = 30
+BODY_TIMEOUT_S = 10.0
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob: mediastream:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
+)
+
+Body = TypeVar("Body", bound=BaseModel)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Offer(BaseModel):
+    """Body of POST /api/v1/webrtc/offer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str = Field(pattern="^offer$")
+    sdp: str
+    params: StreamParams = StreamParams()
+    bypass: bool = False
+
+
+class Candidates(BaseModel):
+    """Body of PATCH /api/v1/webrtc/offer/{id}."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    candidates: list[dict[str, Any]] = Field(max_length=MAX_CANDIDATES)
+
+
+class Signalling:
+    """The HTTP handlers over one registry."""
+
+    def __init__(self, context: SessionContext, registry: SessionRegistry, styles: list[dict[str, str]]) -> None:
+        self._context = context
+        self._registry = registry
+        self._styles = styles
+        self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
+
+    def application(self) -> web.Application:
+        """The aiohttp application with every route."""
+        app = web.Application(middlewares=[self._wall], client_max_size=MAX_BODY_BYTES)
+        offer = "/api/v1/webrtc/offer"
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+                web.get("/api/v1/version", self._version),
+                web.get("/api/v1/models", self._models),
+                web.get("/api/v1/ice-servers", self._ice_servers),
+                web.get("/api/v1/capacity", self._capacity),
+                web.post(offer, self._offer),
+                web.patch(offer + "/{id}", self._trickle),
+                web.delete(offer + "/{id}", self._delete),
+                web.post(offer + "/{id}/close", self._delete),
+                web.get("/", self._page),
+                web.static("/", self._context.settings.web_dir),
+            ]
+        )
+        app.on_response_prepare.append(_add_headers)
+        return app
+
+    @web.middleware
+    async def _wall(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every refusal in one shape; a fault of ours is logged, counted and answered without its details."""
+        try:
+            self._check_origin(request)
+            return await handler(request)
+        except ServerError as error:
+            if request.path.endswith("/offer"):
+                self._context.metrics.refused.labels(error.code).inc()
+            return problem(error)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            return problem(ServerError(error.reason, code=f"http_{error.status}", status=error.status))
+        except Exception:
+            self._context.metrics.faults.labels("http").inc()
+            log.exception("%s %s failed", request.method, request.path)
+            return problem(ServerError("the server failed at this request; its log says why"))
+
+    def _check_origin(self, request: web.Request) -> None:
+        """Same origin only, and only under a name of this machine: stops other pages and DNS rebinding."""
+        host = request.host.rsplit(":", 1)[0] if not request.host.endswith("]") else request.host
+        allowed = self._context.settings.allowed_hosts
+        if host not in allowed:
+            raise Forbidden(f"host {host!r} is not one of {', '.join(allowed)}; add it to allowed_hosts")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin.split("://", 1)[-1] != request.host:
+            raise Forbidden("requests from other origins are refused")
+
+    # --- health
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        status = self._context.engine.status
+        ready = status.state is EngineState.READY
+        body = {"ready": ready, "stage": str(status.state), "percent": status.percent, "detail": status.detail}
+        return web.json_response(body, status=200 if ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = generate_latest(self._context.metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    # --- what there is
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"name": "livebrush", "version": version("livebrush")})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        settings = self._context.settings
+        width, height = self._context.engine.frame_size
+        model = {
+            "id": settings.engine.model,
+            "name": settings.engine.model,
+            "size": f"{width}x{height}",
+            "fps": self._registry.fps,
+            "steps_max": 4,
+            "styles": self._styles,
+        }
+        return web.json_response({"models": [model]})
+
+    async def _ice_servers(self, request: web.Request) -> web.Response:
+        return web.json_response({"iceServers": [{"urls": url} for url in self._context.settings.media.ice_servers]})
+
+    async def _capacity(self, request: web.Request) -> web.Response:
+        cost_ms = round(self._context.engine.capacity.chunk_cost_s * 1000, 1)
+        registry = self._registry
+        return web.json_response(
+            {"open": registry.open_sessions, "seats": registry.seats, "fps": registry.fps, "chunk_cost_ms": cost_ms}
+        )
+
+    async def _page(self, request: web.Request) -> web.FileResponse:
+        return web.FileResponse(self._context.settings.web_dir / "index.html")
+
+    # --- sessions
+
+    async def _offer(self, request: web.Request) -> web.Response:
+        if not self._offers.take(self._context.clock()):
+            raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
+        offer = await _read(request, Offer)
+        session = await self._registry.answer(offer.sdp, offer.params, bypass=offer.bypass)
+        url = f"/api/v1/webrtc/offer/{session.id}"
+        width, height = self._context.engine.frame_size
+        body = {
+            "type": "answer",
+            "sdp": session.answered.result(),
+            "session": session.id,
+            "url": url,
+            "fps": session.fps,
+            "size": f"{width}x{height}",
+        }
+        return web.json_response(body, status=201, headers={"Location": url})
+
+    async def _trickle(self, request: web.Request) -> web.Response:
+        session = self._registry.get(request.match_info["id"])
+        body = await _read(request, Candidates)
+        if session.peer is not None:
+            await session.peer.add_candidates(body.candidates)
+        return web.Response(status=204)
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        await self._registry.close(request.match_info["id"])
+        return web.Response(status=204)
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    response.headers.setdefault("Cache-Control", "no-cache")
+
+
+async def _read(request: web.Request, model: type[Body]) -> Body:
+    """The JSON body as `model`. Raises WrongMediaType, TooLarge or BadRequest, each naming the bound."""
+    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+        raise WrongMediaType(f"send plain application/json, not {request.content_type}")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise TooLarge(f"the body is over {MAX_BODY_BYTES} bytes; an offer of a browser has about 6,000") from None
+    except TimeoutError:
+        raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise BadRequest(f"{where}: {first['msg']}") from error
+
+
+def load_styles(model_dir: Path) -> list[dict[str, str]]:
+    """The style tiles of a model: id, name, prompt, thumbnail. A model without styles.json has none."""
+    path = model_dir / "styles.json"
+    if not path.is_file():
+        return []
+    shown = ("id", "name", "prompt", "thumbnail")
+    return [{key: style[key] for key in shown if key in style} for style in json.loads(path.read_text())]
