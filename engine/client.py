@@ -50,6 +50,8 @@ RESTART_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
 BREAKER_DEATHS = 4
 BREAKER_WINDOW_S = 60.0
 COST_SMOOTHING = 0.1
+# A closed stream's memory comes back after the chunk being rendered, of whichever stream.
+REGION_TIMEOUT_S = 5.0
 
 
 class LocalStream:
@@ -194,9 +196,7 @@ class LocalEngine:
         """See `Engine.open_stream`."""
         if self._status.state is not EngineState.READY:
             raise EngineNotReady(f"engine is {self._status.state} ({self._status.percent} %): wait until it is ready")
-        if not self._free_regions:
-            raise EngineFull(f"all {self.settings.max_streams} streams are open: close one or raise max_streams")
-        region = self._free_regions.pop()
+        region = await self._take_region()
         stream = LocalStream(self, region, stream_id)
         self._streams[region] = stream
         self.send(Open(stream=region, params=params))
@@ -207,6 +207,21 @@ class LocalEngine:
             if self._streams.get(region) is stream:
                 del self._streams[region]
                 self.send(Close(stream=region))
+
+    async def _take_region(self) -> int:
+        """A memory region no stream uses; waits while the rank is still letting go of a closed one."""
+        async with self._changed:
+            try:
+                async with asyncio.timeout(REGION_TIMEOUT_S):
+                    while not self._free_regions:
+                        if len(self._streams) >= self.settings.max_streams:
+                            raise EngineFull(
+                                f"all {self.settings.max_streams} streams are open: close one or raise max_streams"
+                            )
+                        await self._changed.wait()
+            except TimeoutError:
+                raise EngineError(f"the rank did not let go of a closed stream in {REGION_TIMEOUT_S:.0f} s") from None
+            return self._free_regions.pop()
 
     def send(self, message: ToRank) -> None:
         """Queue a control message; its volume is bounded by the slots and the control channel's rate limit."""
@@ -275,7 +290,9 @@ class LocalEngine:
                 self._chunk_cost_s = message.chunk_cost_s or self._chunk_cost_s
                 await self._set_status(EngineStatus(message.state, message.percent, message.detail))
             case Closed():
-                self._free_regions.append(message.stream)
+                async with self._changed:
+                    self._free_regions.append(message.stream)
+                    self._changed.notify_all()
             case Done():
                 cost = message.finished_at - message.started_at
                 self._chunk_cost_s += COST_SMOOTHING * (cost - self._chunk_cost_s)

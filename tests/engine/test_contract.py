@@ -1,0 +1,207 @@
+"""The contract of engine.api, kept by the fake and by a real rank process alike."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from engine.api import (
+    EngineError,
+    EngineFull,
+    EngineNotReady,
+    EngineState,
+    EngineStream,
+    FrameChunk,
+    RankLost,
+    RenderedChunk,
+    StreamParams,
+)
+from engine.client import LocalEngine
+from engine.config import EngineSettings
+from engine.fake import FakeEngine
+
+SIZE = 64
+FAR = 1e12
+AnyEngine = LocalEngine | FakeEngine
+
+
+def chunk(index: int, frames: int = 4, *, seed: int = 0, deadline: float = FAR) -> FrameChunk:
+    pixels = np.random.default_rng([seed, index]).integers(0, 256, (frames, SIZE, SIZE, 3)).astype(np.uint8)
+    first = index * 10
+    return FrameChunk(index, pixels, tuple(range(first, first + frames)), tuple(map(float, range(frames))), deadline)
+
+
+async def next_chunk(stream: EngineStream) -> RenderedChunk:
+    async with asyncio.timeout(60):
+        return await anext(aiter(stream))
+
+
+async def render(stream: EngineStream, chunks: list[FrameChunk]) -> list[RenderedChunk]:
+    """Submit one by one, waiting for each, so that nothing is dropped."""
+    rendered = []
+    for one in chunks:
+        stream.submit(one)
+        rendered.append(await next_chunk(stream))
+    return rendered
+
+
+@pytest.fixture(params=["fake", "local"])
+async def engine(request: pytest.FixtureRequest, model_dir: Path) -> AsyncIterator[AnyEngine]:
+    settings = EngineSettings(model=str(model_dir), width=SIZE, height=SIZE, max_streams=2)
+    made: AnyEngine = (
+        FakeEngine(SIZE, SIZE, delay_s=0.01, max_streams=2) if request.param == "fake" else LocalEngine(settings)
+    )
+    await made.start()
+    async with asyncio.timeout(120):
+        await made.wait_ready()
+    yield made
+    await made.close()
+
+
+async def test_frames_come_back_with_their_identity(engine: AnyEngine) -> None:
+    sent = [chunk(0, frames=1), chunk(1), chunk(2)]
+    async with engine.open_stream("s", StreamParams(prompt="neon")) as stream:
+        rendered = await render(stream, sent)
+    for before, after in zip(sent, rendered, strict=True):
+        assert (after.index, after.frame_indices, after.captured_at) == (
+            before.index,
+            before.frame_indices,
+            before.captured_at,
+        )
+        assert after.frames.shape == before.frames.shape and after.frames.dtype == np.uint8
+        assert not np.array_equal(after.frames, before.frames)
+        assert after.engine_started_at <= after.engine_finished_at
+    assert stream.counters.submitted == stream.counters.rendered == 3
+    assert stream.counters.frames_dropped == 0
+
+
+async def test_an_update_shows_from_a_chunk_border_on_and_says_which(engine: AnyEngine) -> None:
+    async with engine.open_stream("s", StreamParams(prompt="neon")) as stream:
+        (before,) = await render(stream, [chunk(0)])
+        revision = stream.update(StreamParams(prompt="watercolor"))
+        (after,) = await render(stream, [chunk(1)])
+    assert before.revision == 0
+    assert after.revision == revision == 1
+
+
+async def test_two_streams_never_touch_each_other(engine: AnyEngine) -> None:
+    """Interleaved streams give bit for bit what each gives alone."""
+    ours, theirs = [chunk(i, seed=1) for i in range(6)], [chunk(i, seed=2) for i in range(6)]
+    async with engine.open_stream("alone", StreamParams(prompt="neon")) as stream:
+        alone = await render(stream, ours)
+    async with (
+        engine.open_stream("one", StreamParams(prompt="neon")) as one,
+        engine.open_stream("two", StreamParams(prompt="ink", seed=7)) as two,
+    ):
+        together = []
+        for our, their in zip(ours, theirs, strict=True):
+            two.submit(their)
+            together += await render(one, [our])
+            await next_chunk(two)
+            two.update(StreamParams(prompt=f"water {our.index}"))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a.frames, b.frames)
+
+
+async def test_a_flood_is_dropped_and_counted_never_queued(engine: AnyEngine) -> None:
+    async with engine.open_stream("s", StreamParams()) as stream:
+        for index in range(40):
+            stream.submit(chunk(index))
+        newest = -1
+        while stream.counters.rendered + sum(stream.counters.dropped.values()) < 40:
+            rendered = await next_chunk(stream)
+            assert rendered.index > newest
+            newest = rendered.index
+    assert stream.counters.dropped and stream.counters.rendered < 40
+    assert stream.counters.frames_dropped == 4 * sum(stream.counters.dropped.values())
+
+
+async def test_seats_are_bounded_and_given_back(engine: AnyEngine) -> None:
+    async with engine.open_stream("a", StreamParams()), engine.open_stream("b", StreamParams()):
+        assert engine.capacity.open_streams == 2
+        with pytest.raises(EngineFull, match="2 streams"):
+            async with engine.open_stream("c", StreamParams()):
+                pass
+    assert engine.capacity.open_streams == 0
+    for _ in range(5):
+        async with engine.open_stream("again", StreamParams()) as stream:
+            await render(stream, [chunk(0)])
+
+
+async def test_frames_of_a_wrong_shape_are_refused_by_name(engine: AnyEngine) -> None:
+    async with engine.open_stream("s", StreamParams()) as stream:
+        bad = FrameChunk(0, np.zeros((4, SIZE, SIZE // 2, 3), np.uint8), (0, 1, 2, 3), (0.0,) * 4, FAR)
+        with pytest.raises(ValueError, match="shape"):
+            stream.submit(bad)
+        await render(stream, [chunk(1)])
+
+
+async def test_a_closed_engine_hangs_nobody(engine: AnyEngine) -> None:
+    async with engine.open_stream("s", StreamParams()) as stream:
+        waiting = asyncio.create_task(next_chunk(stream))
+        await asyncio.sleep(0)
+        await engine.close()
+        with pytest.raises(RankLost):
+            await waiting
+        with pytest.raises(RankLost):
+            stream.submit(chunk(0))
+    assert engine.status.state is EngineState.CLOSED
+    with pytest.raises(EngineError):
+        await engine.wait_ready()
+
+
+async def test_a_fake_that_loads_says_not_ready() -> None:
+    engine = FakeEngine(load_s=60)
+    await engine.start()
+    with pytest.raises(EngineNotReady):
+        async with engine.open_stream("s", StreamParams()):
+            pass
+    await engine.close()
+
+
+async def test_a_killed_rank_is_reported_and_replaced(model_dir: Path) -> None:
+    engine = LocalEngine(EngineSettings(model=str(model_dir), width=SIZE, height=SIZE))
+    await engine.start()
+    try:
+        async with asyncio.timeout(120):
+            await engine.wait_ready()
+            first = engine.pid
+            assert first is not None
+            async with engine.open_stream("s", StreamParams()) as stream:
+                await render(stream, [chunk(0)])
+                os.kill(first, signal.SIGKILL)
+                with pytest.raises(RankLost):
+                    await next_chunk(stream)
+            await engine.wait_ready()
+            assert engine.pid != first and engine.restarts == 1
+            async with engine.open_stream("s", StreamParams()) as stream:
+                await render(stream, [chunk(0)])
+    finally:
+        await engine.close()
+
+
+async def test_closing_leaves_no_process_descriptor_or_task(model_dir: Path) -> None:
+    us = psutil.Process()
+    before = us.num_fds()
+    engine = LocalEngine(EngineSettings(model=str(model_dir), width=SIZE, height=SIZE))
+    await engine.start()
+    async with asyncio.timeout(120):
+        await engine.wait_ready()
+    pid = engine.pid
+    async with engine.open_stream("s", StreamParams()) as stream:
+        await render(stream, [chunk(0)])
+    await engine.close()
+    assert pid is not None and not psutil.pid_exists(pid)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert us.num_fds() <= before + 1  # the loop's own child watcher may keep one
+
+
+async def test_an_unknown_model_is_refused_before_any_process() -> None:
+    engine = LocalEngine(EngineSettings(model="nothing-like-it"))
+    with pytest.raises(FileNotFoundError, match="known:"):
+        await engine.start()
