@@ -83,7 +83,7 @@ class Pipeline:
     @torch.inference_mode()
     def tick(self, state: SessionState, frames_THWC: Tensor) -> Tensor:
         """`render` on the model's device, from uint8 tensor to uint8 tensor, without a read back to the host."""
-        pixels_BTCHW = frames_THWC.permute(0, 3, 1, 2)[None].to(self.model.dtype).mul(1 / 127.5).sub_(1)
+        pixels_BTCHW = frames_THWC.permute(0, 3, 1, 2).contiguous()[None].to(self.model.dtype).mul(1 / 127.5).sub_(1)
         source_BTCHW, state.encoder = self.model.vae.encode(pixels_BTCHW, state.encoder)
         latent_BTCHW = denoise_chunk(self.model.transformer, state, source_BTCHW)
         decoded_BTCHW, state.decoder = self.model.vae.decode(latent_BTCHW, state.decoder)

@@ -28,10 +28,13 @@ def untrained_model(
     modules = CausalTransformer(transformer), TinyVAE(vae)
     random = torch.Generator().manual_seed(seed)
     for module in modules:
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
-            parameter.data = noise / fan_in**0.5 if fan_in else parameter.data + 0.1 * noise
+            if parameter.ndim > 1:
+                parameter.data = noise / parameter[0].numel() ** 0.5
+            else:
+                # Of one dimension are biases, about 0, and the weights of norms, about 1.
+                parameter.data = 0.1 * noise + float(name.endswith("weight"))
         module.to(device, dtype).eval().requires_grad_(False)
     table = torch.randint(-127, 128, (len(VOCABULARY), transformer.text_dim), generator=random).to(torch.int8)
     scale = torch.full((len(VOCABULARY), 1), 1 / 64, dtype=torch.float16)
