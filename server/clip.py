@@ -114,7 +114,8 @@ class ClipReader:
     def _pick_video(self, path: Path) -> av.VideoStream:
         for stream in self._container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
-                stream.thread_type = "AUTO"
+                # Decoding frames side by side would report damage late and lose whole frames around it.
+                stream.thread_type = "SLICE"
                 return stream
         raise ClipError(f"{path}: holds no video stream")
 

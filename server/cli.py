@@ -1,0 +1,215 @@
+"""The console script `livebrush`: one short function a command; each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.api import Engine
+    from server.restyle import Progress, RestyleJob, RestyleSummary
+
+# What a shell reports for a command ended by SIGINT.
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed with a message, 2 misused."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C."""
+    import logging
+
+    from server.configure import SettingsError, load_settings
+
+    flags: dict[tuple[str, ...], tuple[str, object]] = {}
+    given: list[tuple[tuple[str, ...], str, object]] = [
+        (("host",), "--host", options.host),
+        (("port",), "--port", options.port),
+        (("engine_kind",), "--engine", options.engine),
+        (("engine", "model"), "--model", options.model),
+        (("engine", "width"), "--size", options.size and options.size[0]),
+        (("engine", "height"), "--size", options.size and options.size[1]),
+        (("max_fps",), "--fps", options.fps),
+    ]
+    for path, flag, value in given:
+        if value is not None:
+            flags[path] = (flag, value)
+    try:
+        settings = load_settings(options.config, os.environ, flags)
+        if settings.engine_kind == "local":
+            _ = settings.engine.model_dir
+    except (SettingsError, FileNotFoundError) as error:
+        return _fail(str(error))
+
+    from server.app import serve as run_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return asyncio.run(run_server(settings))
+
+
+def restyle(options: argparse.Namespace) -> int:
+    """Restyle a video file."""
+    from dataclasses import asdict
+
+    from pydantic import ValidationError
+
+    from engine.api import EngineError, StreamParams
+    from engine.config import EngineSettings
+    from server.clip import ClipError
+    from server.configure import explain
+    from server.restyle import RestyleError, RestyleJob
+
+    def make_engine(width: int, height: int) -> Engine:
+        from engine.client import LocalEngine
+        from engine.fake import FakeEngine
+
+        if options.engine == "fake":
+            return FakeEngine(width, height, delay_s=0.0)
+        return LocalEngine(EngineSettings(model=options.model, width=width, height=height, max_streams=1))
+
+    try:
+        params = StreamParams(prompt=options.prompt, strength=options.strength, steps=options.steps, seed=options.seed)
+        job = RestyleJob(options.input, options.output, params, options.size, options.audio, options.force)
+        summary = asyncio.run(_restyle_with_progress(job, make_engine))
+    except ValidationError as error:
+        return _fail(explain(error))
+    except (ClipError, RestyleError, EngineError, FileNotFoundError, ValueError) as error:
+        return _fail(str(error))
+    if options.json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print(
+            f"{summary.target}: {summary.frames} frames, {summary.size} at {summary.clip_fps:g} fps,"
+            f" sound streams copied: {summary.audio_streams}\n"
+            f"{summary.elapsed_s:.1f} s at {summary.frames_per_s:.1f} frames/s (the model works at"
+            f" {summary.engine_size}; loading it took {summary.engine_start_s:.1f} s)"
+        )
+        if summary.damaged_packets:
+            print(f"{summary.damaged_packets} packets of the input were damaged and gave no picture", file=sys.stderr)
+    return 0
+
+
+async def _restyle_with_progress(job: RestyleJob, make_engine: Callable[[int, int], Engine]) -> RestyleSummary:
+    from server.restyle import restyle as run_restyle
+
+    # A terminated run tidies up like an interrupted one.
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        with _progress_bar() as watch:
+            return await run_restyle(job, make_engine, watch)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr, where that is a terminal; nothing in a log file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        row = bar.add_task("opening", total=None)
+        yield lambda now: bar.update(row, description=now.stage, completed=now.done, total=now.total)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Say what this machine can do and what is wrong."""
+    from engine.config import EngineSettings
+    from server.doctor import examine, to_json, to_text
+    from server.settings import ServerSettings
+
+    settings = ServerSettings(engine=EngineSettings(model=options.model))
+    report = asyncio.run(examine(settings, measure=not options.quick))
+    print(to_json(report) if options.json else to_text(report))
+    return 0 if report.can_serve else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="livebrush", description="Restyle live video with a causal video diffusion model."
+    )
+    parser.add_argument("--version", action="version", version=f"livebrush {version('livebrush')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve the page: a camera in, restyled video out"))
+    _add_restyle(commands.add_parser("restyle", help="restyle a video file"))
+    _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=serve)
+    parser.add_argument("--host", help="loopback address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
+    parser.add_argument("--model", help="a folder in engine/models or a path to one (default: livebrush-tiny)")
+    parser.add_argument("--engine", choices=("local", "fake"), help="the model, or a stand-in without one")
+    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="picture size (default: 256x256)")
+    parser.add_argument("--fps", type=float, help="output rate when there is room (default: 24)")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")
+
+
+def _add_restyle(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=restyle)
+    parser.add_argument("input", type=Path, metavar="IN", help="a video file")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the result: .mp4, .m4v, .mov, .mkv or .webm")
+    parser.add_argument("--prompt", required=True, help='the style in free words, such as "watercolour painting"')
+    parser.add_argument("--strength", type=float, default=1.0, help="0 the input, 1 the full style (default: 1)")
+    parser.add_argument("--steps", type=int, default=1, help="denoising steps, 1 to 4 (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        default=(256, 256),
+        metavar="WIDTHxHEIGHT",
+        help="largest picture of the model; its shape follows the clip, the output keeps the clip's size"
+        " (default: 256x256)",
+    )
+    parser.add_argument("--model", default="livebrush-tiny", help="a folder in engine/models or a path to one")
+    parser.add_argument("--engine", choices=("local", "fake"), default="local", help="the model, or a stand-in")
+    parser.add_argument("--no-audio", dest="audio", action="store_false", help="leave the sound out")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=doctor)
+    parser.add_argument("--model", default="livebrush-tiny", help="the model to look at")
+    parser.add_argument("--quick", action="store_true", help="do not start the engine to measure it")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _size(text: str) -> tuple[int, int]:
+    from server.configure import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print("\n".join(f"livebrush: {line}" for line in message.splitlines()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""What this machine can do for Livebrush and what is wrong with it: one screen, each fault with its cure.
+
+torch is asked in a process of its own, the engine is measured as users start it, and nothing outside this machine is
+asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from engine.api import Capacity, Engine, EngineError, FrameChunk, StreamParams
+from engine.client import LocalEngine
+from engine.config import CHUNK_FRAMES
+from engine.frame_memory import FrameLayout, FrameMemory
+from server.admission import agreed_fps, seats
+from server.settings import ServerSettings
+
+MEASURED_CHUNKS = 12
+ENGINE_TIMEOUT_S = 180.0
+PROBE_TIMEOUT_S = 60.0
+# The engine process with torch and the small model takes 0.6 GB, the server 0.2 GB.
+NEEDED_BYTES = 1 << 30
+COMFORTABLE_BYTES = 2 << 30
+BUSY_SHARE = 0.5
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CODECS = {"libvpx": "WebRTC's VP8", "libx264": "WebRTC's H.264 and .mp4", "libopus": "sound", "libvpx-vp9": ".webm"}
+REINSTALL = "run `make run`, or .venv/bin/pip install -e ."
+TORCH_PROBE = (
+    "import json, torch; print(json.dumps({'cuda': torch.cuda.is_available(),"
+    " 'capability': torch.backends.cpu.get_cpu_capability()}))"
+)
+
+
+class Level(StrEnum):
+    """How a finding stands. PROBLEM: it prevents serving."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the screen. cure: what to do about a warning or problem."""
+
+    name: str
+    level: Level
+    text: str
+    cure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the engine did here. sessions: that many at `min_fps`; fps: for one session alone."""
+
+    chunk_ms: float
+    start_s: float
+    fps: float
+    sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All findings, and the measurement where one was made."""
+
+    findings: tuple[Finding, ...]
+    measured: Measured | None
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether nothing found prevents serving."""
+        return all(finding.level is not Level.PROBLEM for finding in self.findings)
+
+
+EngineFactory = Callable[[ServerSettings], Engine]
+
+
+async def examine(
+    settings: ServerSettings,
+    *,
+    measure: bool = True,
+    make_engine: EngineFactory = lambda settings: LocalEngine(settings.engine),
+) -> Report:
+    """Look at everything; with `measure`, start the engine for a few seconds. Never raises for a faulty machine."""
+    findings = await asyncio.to_thread(_look_around, settings)
+    if not measure:
+        return Report(tuple(findings), None)
+    if any(finding.level is Level.PROBLEM for finding in findings):
+        skipped = Finding("speed", Level.WARNING, "not measured", "cure the problems above first")
+        return Report((*findings, skipped), None)
+    try:
+        measured = await _measure(make_engine(settings), settings)
+    except (EngineError, OSError, TimeoutError) as error:
+        text = f"the engine does not start: {error or type(error).__name__}"
+        cure = f"{REINSTALL}; `livebrush serve` prints the engine's own messages"
+        return Report((*findings, Finding("speed", Level.PROBLEM, text, cure)), None)
+    return Report((*findings, _judge(measured, settings)), measured)
+
+
+def to_text(report: Report) -> str:
+    """The screen."""
+    width = max(len(finding.name) for finding in report.findings)
+    lines = []
+    for finding in report.findings:
+        lines.append(f"{finding.level:<8} {finding.name:<{width}}  {finding.text}")
+        if finding.cure:
+            lines.append(f"{'':<8} {'':<{width}}  -> {finding.cure}")
+    lines.append(
+        "This machine can serve." if report.can_serve else "This machine cannot serve: cure the problems above."
+    )
+    return "\n".join(lines)
+
+
+def to_json(report: Report) -> str:
+    """The same for machines: {"can_serve", "findings": [...], "measured": {...} or null}."""
+    measured = asdict(report.measured) if report.measured else None
+    findings = [asdict(finding) for finding in report.findings]
+    return json.dumps({"can_serve": report.can_serve, "findings": findings, "measured": measured}, indent=1)
+
+
+def _look_around(settings: ServerSettings) -> list[Finding]:
+    """Everything that needs no running engine."""
+    return [
+        *check_versions(),
+        check_cpu(settings.engine.threads),
+        check_memory(psutil.virtual_memory().available),
+        check_torch(settings.engine.device),
+        check_gpu(),
+        check_model(settings),
+        check_frame_memory(settings),
+        check_port(settings.host, settings.port),
+        check_codecs(),
+        check_browser(),
+    ]
+
+
+def check_versions() -> Iterator[Finding]:
+    """Python, Livebrush, and every package that is pinned to one version."""
+    wrong = []
+    for requirement in requires("livebrush") or []:
+        name, pinned, wanted = requirement.partition("==")
+        if not pinned or ";" in requirement:  # behind the semicolon: extras
+            continue
+        try:
+            found = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found = "missing"
+        if found != wanted:
+            wrong.append(f"{name} {found}, tested with {wanted}")
+    text = f"livebrush {version('livebrush')}, Python {platform.python_version()}, {platform.system()}"
+    yield Finding("versions", Level.OK, text)
+    if wrong:
+        yield Finding("packages", Level.PROBLEM, "; ".join(wrong), REINSTALL)
+
+
+def check_cpu(threads: int) -> Finding:
+    """Model, cores, and whether something else is at work on them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = f"{_cpu_model()}, {cores} core{'s' if cores > 1 else ''}; the model uses {threads}, video the others"
+    if cores <= threads:
+        cure = "a second core roughly doubles the rate"
+        return Finding("cpu", Level.WARNING, f"{text}: they share it", cure)
+    if os.getloadavg()[0] > BUSY_SHARE * cores:
+        busy = f"{text}; busy (load {os.getloadavg()[0]:.1f})"
+        return Finding("cpu", Level.WARNING, busy, "stop other work: the speed below is measured beside it")
+    return Finding("cpu", Level.OK, text)
+
+
+def check_memory(available_bytes: int) -> Finding:
+    """Room for the engine process and the server."""
+    text = f"{available_bytes / 1e9:.1f} GB available"
+    if available_bytes < NEEDED_BYTES:
+        return Finding("memory", Level.PROBLEM, text, f"close programs until {NEEDED_BYTES / 1e9:.1f} GB are available")
+    if available_bytes < COMFORTABLE_BYTES:
+        return Finding("memory", Level.WARNING, text, "enough to serve, not much beside it")
+    return Finding("memory", Level.OK, text)
+
+
+def check_torch(device: str) -> Finding:
+    """torch as the engine process will find it."""
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-P", "-c", TORCH_PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("torch", Level.PROBLEM, f"does not load within {PROBE_TIMEOUT_S:.0f} s", REINSTALL)
+    if probe.returncode:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding("torch", Level.PROBLEM, f"does not load: {reason}", REINSTALL)
+    found = json.loads(probe.stdout)
+    text = f"torch {version('torch')} on {device}, CPU kernels {found['capability']}"
+    if device.startswith("cuda") and not found["cuda"]:
+        return Finding("torch", Level.PROBLEM, f"{text}; it sees no GPU", "install the CUDA driver, or use device cpu")
+    if found["capability"] == "DEFAULT":
+        return Finding("torch", Level.WARNING, f"{text}: no AVX2", "a CPU with AVX2 is several times faster")
+    return Finding("torch", Level.OK, text)
+
+
+def check_gpu() -> Finding:
+    """What nvidia-smi knows."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Finding("gpu", Level.OK, "none found: the CPU does the work")
+    command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        query = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return Finding("gpu", Level.WARNING, "nvidia-smi does not answer", "look at the driver; the CPU does the work")
+    if query.returncode or not query.stdout.strip():
+        return Finding("gpu", Level.WARNING, "nvidia-smi finds none", "look at the driver; the CPU does the work")
+    return Finding("gpu", Level.OK, "; ".join(query.stdout.strip().splitlines()))
+
+
+def check_model(settings: ServerSettings) -> Finding:
+    """The model folder, and the weights against the hash in its config.json."""
+    try:
+        folder = settings.engine.model_dir
+        wanted = json.loads((folder / "config.json").read_text())["sha256"]
+        with (folder / "model.safetensors").open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError) as error:
+        return Finding(
+            "model", Level.PROBLEM, f"{settings.engine.model}: {error}", "get the folder again: git checkout"
+        )
+    size_mb = (folder / "model.safetensors").stat().st_size / 1e6
+    text = f"{folder.name}, {size_mb:.1f} MB, sha256 {found[:12]}"
+    if found != wanted:
+        cure = "get the folder again: git checkout engine/models"
+        return Finding("model", Level.PROBLEM, f"{text} is not {wanted[:12]} of config.json", cure)
+    return Finding("model", Level.OK, text)
+
+
+def check_frame_memory(settings: ServerSettings) -> Finding:
+    """Shared memory for the frames of every stream."""
+    engine = settings.engine
+    layout = FrameLayout(engine.max_streams, CHUNK_FRAMES, engine.height, engine.width)
+    try:
+        memory = FrameMemory.create(layout)
+    except (OSError, ValueError) as error:
+        return Finding("frame memory", Level.PROBLEM, f"{layout.total_bytes / 1e6:.0f} MB: {error}", "free memory")
+    memory.close()
+    kind = "memfd" if hasattr(os, "memfd_create") else "a temporary file"
+    return Finding("frame memory", Level.OK, f"{layout.total_bytes / 1e6:.0f} MB through {kind}")
+
+
+def check_port(host: str, port: int) -> Finding:
+    """Whether the page's port is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            cure = "fine if that is Livebrush; else choose another: livebrush serve --port 8081"
+            return Finding("port", Level.WARNING, f"{host}:{port}: {error.strerror}", cure)
+    return Finding("port", Level.OK, f"{host}:{port} is free")
+
+
+def check_codecs() -> Finding:
+    """The codecs inside PyAV."""
+    try:
+        import av
+    except ImportError as error:
+        return Finding("codecs", Level.PROBLEM, f"PyAV does not load: {error}", REINSTALL)
+    missing = [f"{name} ({use})" for name, use in CODECS.items() if name not in av.codecs_available]
+    if missing:
+        return Finding(
+            "codecs", Level.PROBLEM, f"PyAV lacks {', '.join(missing)}", "install av from PyPI, not a distribution"
+        )
+    return Finding("codecs", Level.OK, f"PyAV {version('av')} has {', '.join(CODECS)}")
+
+
+def check_browser() -> Finding:
+    """Chromium, which only the tests need."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        return Finding("chromium", Level.WARNING, "not found; only `make test` needs it", "apt-get install chromium")
+    return Finding("chromium", Level.OK, found)
+
+
+async def _measure(engine: Engine, settings: ServerSettings) -> Measured:
+    """Start the engine and render chunks one after the other."""
+    began_at = time.monotonic()
+    try:
+        async with asyncio.timeout(ENGINE_TIMEOUT_S):
+            await engine.start()
+            await engine.wait_ready()
+            start_s = time.monotonic() - began_at
+            costs = await _chunk_costs(engine)
+    finally:
+        await engine.close()
+    cost_s = statistics.median(costs)
+    capacity = Capacity(cost_s, settings.engine.max_streams, 0, CHUNK_FRAMES)
+    fps, sessions = agreed_fps(capacity, 1, settings), seats(capacity, settings)
+    return Measured(round(cost_s * 1e3, 1), round(start_s, 1), fps, sessions)
+
+
+async def _chunk_costs(engine: Engine) -> list[float]:
+    """Engine seconds of each of MEASURED_CHUNKS chunks of noise."""
+    width, height = engine.frame_size
+    frames = np.random.default_rng(0).integers(0, 256, (CHUNK_FRAMES, height, width, 3), np.uint8)
+    costs = []
+    async with engine.open_stream("doctor", StreamParams(prompt="watercolour painting")) as stream:
+        results = aiter(stream)
+        for index in range(MEASURED_CHUNKS):
+            now = time.monotonic()
+            indices = tuple(range(index * CHUNK_FRAMES, (index + 1) * CHUNK_FRAMES))
+            stream.submit(FrameChunk(index, frames, indices, (now,) * CHUNK_FRAMES, now + ENGINE_TIMEOUT_S))
+            rendered = await anext(results)
+            costs.append(rendered.engine_finished_at - rendered.engine_started_at)
+    return costs
+
+
+def _judge(measured: Measured, settings: ServerSettings) -> Finding:
+    size = f"{settings.engine.width}x{settings.engine.height}"
+    possible = CHUNK_FRAMES / measured.chunk_ms * 1e3
+    text = (
+        f"{measured.chunk_ms:.0f} ms for {CHUNK_FRAMES} frames of {size}, {measured.start_s:.1f} s to start:"
+        f" {measured.fps:g} fps for one session, {measured.sessions} session{'s' if measured.sessions > 1 else ''}"
+        f" at {settings.min_fps:g} fps"
+    )
+    if possible < settings.min_fps:
+        return Finding("speed", Level.WARNING, f"{text} would need a faster machine", "serve a smaller --size")
+    if measured.fps < settings.max_fps:
+        return Finding(
+            "speed", Level.WARNING, text, f"{settings.max_fps:g} fps need a faster or idle CPU, or less --size"
+        )
+    return Finding("speed", Level.OK, text)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
