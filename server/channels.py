@@ -20,6 +20,8 @@ MAX_MESSAGE_BYTES = 8 * 1024
 MAX_MESSAGES = 64
 MAX_BAD_MESSAGES = 50
 MAX_BUFFERED_BYTES = 64 * 1024
+# Said before the page's control channel is up (that the model is loading, say): kept for it.
+MAX_EARLY = 8
 LABELS = ("control", "telemetry")
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class Channels:
         self._counters = counters
         self._channels: dict[str, RTCDataChannel] = {}
         self._messages: deque[str] = deque()
+        self._early: deque[str] = deque(maxlen=MAX_EARLY)
         self._changed = asyncio.Event()
         self._ended = False
         self._bad_messages = 0
@@ -45,6 +48,8 @@ class Channels:
         self._channels[channel.label] = channel
         handler = self._take_control if channel.label == "control" else self._take_telemetry
         channel.on("message", walled(handler, self._counters))
+        while channel.label == "control" and self._early:
+            self.send("control", self._early.popleft())
 
     async def next_message(self) -> str | None:
         """Wait for the next text of the control channel; None once ended."""
@@ -56,8 +61,14 @@ class Channels:
         return self._messages.popleft()
 
     def send(self, label: str, text: str, *, max_buffered: int | None = None) -> None:
-        """Send a text; counted `<label>_unsent` while the channel is not open or has too much buffered."""
+        """Send a text; counted `<label>_unsent` while the channel is not open or has too much buffered.
+
+        Control texts from before the channel's opening are kept for it, the newest MAX_EARLY.
+        """
         channel = self._channels.get(label)
+        if channel is None and label == "control":
+            self._early.append(text)
+            return
         is_full = max_buffered is not None and channel is not None and channel.bufferedAmount > max_buffered
         if channel is None or channel.readyState != "open" or is_full:
             self._counters[f"{label}_unsent"] += 1
