@@ -25,7 +25,7 @@ class Style:
 
 
 def _style(id_: str, name: str, prompt: str, phrases: str, held_out: str) -> Style:
-    split = tuple(tuple(part.strip() for part in text.replace("\n", " ").split(",")) for text in (phrases, held_out))
+    split = tuple(tuple(" ".join(part.split()) for part in text.split(",")) for text in (phrases, held_out))
     return Style(id_, name, prompt, (prompt, *split[0]), split[1])
 
 

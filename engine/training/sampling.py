@@ -1,0 +1,74 @@
+"""Batches for the transformer: crops of latents with their prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.training.latents import LatentShard
+from engine.training.phrases import STYLES, random_prompt
+from engine.wan.text_encoder import StaticTextEncoder
+
+PHOTO_SHARE = 0.12
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops with the same place in the picture: latents [B, T, C, H, W], prompts [B, L, K] and their means [B, K]."""
+
+    source_BTCHW: Tensor
+    target_BTCHW: Tensor
+    text_BLK: Tensor
+    mean_BK: Tensor
+    origin: tuple[int, int]
+
+
+class LatentSampler:
+    """Draws batches; the same seed draws the same ones."""
+
+    def __init__(self, shards: list[LatentShard], text: StaticTextEncoder, seed: int | tuple[int, ...]) -> None:
+        self._shards = shards
+        self._text = text
+        self._rng = np.random.default_rng(seed)
+
+    def draw(self, count: int, side: int) -> Batch:
+        """`count` crops of side x side latents (even numbers), all with as many frames as the first shard drawn."""
+        rng = self._rng
+        frames = self._shards[int(rng.integers(len(self._shards)))].frames
+        shards = [shard for shard in self._shards if shard.frames == frames]
+        height, width = shards[0].source_NTCHW.shape[3:]
+        top, left = (2 * int(rng.integers(0, (size - side) // 2 + 1)) for size in (height, width))
+        sources, targets, texts, means = [], [], [], []
+        for _ in range(count):
+            shard = shards[int(rng.integers(len(shards)))]
+            source, target, style = self._pair(shard)
+            crop = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
+            encoded = self._text.encode(random_prompt(STYLES[style], rng))
+            sources.append(source[crop].float())
+            targets.append(target[crop].float())
+            texts.append(encoded.states)
+            means.append(encoded.mean)
+        stacked = (torch.stack(part) for part in (sources, targets, texts, means))
+        return Batch(*stacked, origin=(top // 2, left // 2))
+
+    def _pair(self, shard: LatentShard) -> tuple[Tensor, Tensor, int]:
+        rng = self._rng
+        i = int(rng.integers(len(shard.source_NTCHW)))
+        if rng.random() < PHOTO_SHARE:
+            return shard.source_NTCHW[i], shard.clean_NTCHW[i], 0
+        j = int(rng.integers(shard.styled_NSTCHW.shape[1]))
+        return shard.source_NTCHW[i], shard.styled_NSTCHW[i, j], int(shard.styles_NS[i, j])
+
+
+def noised(batch: Batch) -> tuple[Tensor, Tensor]:
+    """x_t and sigma [B]: three in four from pure noise, as the one-step model starts; else a noised target or source."""
+    target = batch.target_BTCHW
+    count = len(target)
+    sigma = torch.where(torch.rand(count) < 0.75, torch.ones(count), 0.15 + 0.85 * torch.rand(count))
+    from_target = (torch.rand(count) < 0.5).view(-1, 1, 1, 1, 1)
+    base = torch.where(from_target, target, batch.source_BTCHW)
+    share = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - share) * base + share * torch.randn_like(target), sigma
