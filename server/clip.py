@@ -197,15 +197,16 @@ class ClipWriter:
         self._info = info
         options = {"movflags": "+faststart"} if container_name in ("mp4", "mov") else {}
         with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._part.unlink, missing_ok=True)
             try:
                 output = av.open(str(self._part), "w", format=container_name, container_options=options)
+                self._container: OutputContainer = cleanup.enter_context(output)
+                self._video = self._add_video(codec)
+                self._sound = {stream.index: self._add_sound(stream) for stream in sound}
+                # Opens the file and the encoder now, not with the first packet after a second of work.
+                output.start_encoding()
             except (av.FFmpegError, OSError) as error:
                 raise ClipError(f"{path}: cannot be written ({_reason(error)})") from error
-            cleanup.callback(self._part.unlink, missing_ok=True)
-            cleanup.enter_context(output)
-            self._container: OutputContainer = output
-            self._video = self._add_video(codec)
-            self._sound = {stream.index: self._add_sound(stream) for stream in sound}
             self._cleanup = cleanup.pop_all()
 
     def __enter__(self) -> ClipWriter:

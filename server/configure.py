@@ -6,6 +6,7 @@ the environment. A refusal names the setting, its value, the bound, and which of
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def explain(error: ValidationError, origins: Mapping[SettingPath, str] | None = 
         if fault["type"] == "extra_forbidden":
             text = "there is no such setting"
         elif fault["type"] != "value_error":
-            text = f"{fault['input']!r} is refused: {text[:1].lower()}{text[1:]}"
+            text = f"{reprlib.repr(fault['input'])} is refused: {text[:1].lower()}{text[1:]}"
         origin = (origins or {}).get(path)
         where = f" (from {origin})" if origin else ""
         lines.append(f"{'.'.join(path)}: {text}{where}" if path else f"{text}{where}")
