@@ -1,0 +1,309 @@
+"""The server through its real parts: HTTP, WebRTC on loopback, sessions, and an engine that keeps the contract."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import av
+import numpy as np
+import psutil
+import pytest
+from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError, MediaStreamTrack, VideoStreamTrack
+
+from engine.api import StreamParams
+from engine.config import EngineSettings
+from engine.fake import FakeEngine, tint
+from server.app import running_server
+from server.settings import ServerSettings
+
+PATIENCE_S = 30.0
+
+
+class MovingPicture(VideoStreamTrack):
+    """A bright bar that moves over a grey ramp, 320x240 at 30 fps; other sizes when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (320, 240)
+        self.count = 0
+
+    async def recv(self) -> av.VideoFrame:
+        pts, time_base = await self.next_timestamp()
+        width, height = self.size
+        picture = np.tile(np.linspace(40, 160, width, dtype=np.uint8)[None, :, None], (height, 1, 3))
+        left = 4 * self.count % (width - 32)
+        picture[:, left : left + 32] = 230
+        self.count += 1
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = pts, time_base
+        return frame
+
+
+class Visitor:
+    """A page without a browser: one peer connection with its channels, and what it has seen."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.http = aiohttp.ClientSession()
+        self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self.camera = MovingPicture()
+        self.connection.addTrack(self.camera)
+        self.control = self.connection.createDataChannel("control")
+        self.telemetry = self.connection.createDataChannel("telemetry", ordered=False, maxRetransmits=0)
+        self.messages: list[dict[str, Any]] = []
+        self.telegrams: list[dict[str, Any]] = []
+        self.pictures: list[tuple[float, np.ndarray]] = []
+        self.url = ""
+        self._changed = asyncio.Condition()
+        self._reader: asyncio.Task[None] | None = None
+        self.control.on("message", lambda text: self._note(self.messages, text))
+        self.telemetry.on("message", lambda text: self._note(self.telegrams, text))
+        self.connection.on("track", self._on_track)
+
+    def _note(self, store: list[dict[str, Any]], text: str) -> None:
+        store.append(json.loads(text))
+
+    def _on_track(self, track: MediaStreamTrack) -> None:
+        self._reader = asyncio.create_task(self._read(track))
+
+    async def _read(self, track: MediaStreamTrack) -> None:
+        while True:
+            try:
+                frame = await track.recv()
+            except MediaStreamError:
+                return
+            assert isinstance(frame, av.VideoFrame)
+            self.pictures.append((time.monotonic(), frame.to_ndarray(format="rgb24")))
+
+    async def enter(self, **extra: object) -> aiohttp.ClientResponse:
+        await self.connection.setLocalDescription(await self.connection.createOffer())
+        body = {"type": "offer", "sdp": self.connection.localDescription.sdp, **extra}
+        response = await self.http.post(self.base + "/api/v1/webrtc/offer", json=body)
+        if response.status == 201:
+            answer = await response.json()
+            self.url = self.base + answer["url"]
+            await self.connection.setRemoteDescription(RTCSessionDescription(answer["sdp"], "answer"))
+        return response
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not condition():
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain for {what}") from None
+
+    async def ask(self, **message: object) -> dict[str, Any]:
+        await self.until(lambda: self.control.readyState == "open", "an open control channel")
+        self.control.send(json.dumps({"v": 1, **message}))
+
+        def answer() -> dict[str, Any] | None:
+            kinds = ("ack", "pong", "error")
+            return next((m for m in self.messages if m.get("id") == message.get("id") and m["type"] in kinds), None)
+
+        await self.until(answer, f"an answer to {message}")
+        found = answer()
+        assert found is not None
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        return next((m for m in reversed(self.telegrams) if m["type"] == "stats"), {})
+
+    async def leave(self) -> None:
+        await self.connection.close()
+        if self._reader:
+            await self._reader
+        await self.http.close()
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine(64, 64, delay_s=0.02, max_streams=4)
+
+
+@pytest.fixture
+async def base(engine: FakeEngine) -> AsyncIterator[str]:
+    settings = ServerSettings(
+        port=0, engine_kind="fake", engine=EngineSettings(width=64, height=64), max_sessions=2, max_fps=24
+    )
+    async with running_server(settings, engine) as (_, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+async def visitor(base: str) -> AsyncIterator[Visitor]:
+    made = Visitor(base)
+    yield made
+    await made.leave()
+
+
+async def get(url: str) -> tuple[int, dict[str, Any]]:
+    async with aiohttp.ClientSession() as http, http.get(url) as response:
+        return response.status, await response.json()
+
+
+async def test_the_picture_comes_back_restyled_with_marks_and_figures(visitor: Visitor) -> None:
+    assert (await visitor.enter(params={"prompt": "neon"})).status == 201
+    await visitor.until(lambda: len(visitor.pictures) > 30, "thirty pictures")
+    await visitor.until(lambda: visitor.stats().get("state") == "restyled", "restyled figures")
+    shown = visitor.pictures[-1][1]
+    assert shown.shape == (64, 64, 3)
+    ramp = np.full((1, 1, 1, 3), 100, np.uint8)
+    expected = tint(ramp, StreamParams(prompt="neon"))[0, 0, 0].astype(float)
+    assert np.abs(np.median(shown, axis=(0, 1)) - expected).max() < 40
+    marks = [row for m in visitor.telegrams if m["type"] == "marks" for row in m["frames"]]
+    indices = [row[1] for row in marks]
+    assert indices == sorted(indices) and len(set(indices)) == len(indices)
+    assert all(row[3] >= row[2] and row[4] == 1 for row in marks)
+    stats = visitor.stats()
+    assert stats["ttff_ms"] > 0 and stats["due"] >= stats["released"] > 0 and 0.5 <= stats["on_time"] <= 1
+
+
+async def test_a_prompt_change_is_acknowledged_with_the_frame_that_shows_it(visitor: Visitor) -> None:
+    await visitor.enter(params={"prompt": "neon"})
+    await visitor.until(lambda: len(visitor.pictures) > 10, "pictures")
+    released = visitor.stats().get("released", 0)
+    ack = await visitor.ask(type="params", id=7, prompt="ink", strength=0.5)
+    assert ack["type"] == "ack" and ack["first_frame"] > released / 2
+    assert ack["params"] == {"prompt": "ink", "strength": 0.5, "steps": 1, "seed": 0}
+    assert (await visitor.ask(type="bypass", id=8, on=True))["first_frame"] >= ack["first_frame"]
+    count = len(visitor.pictures)
+    await visitor.until(lambda: len(visitor.pictures) > count + 10, "pictures after the change")
+    assert abs(int(np.median(visitor.pictures[-1][1])) - 100) < 40  # the camera itself
+
+
+async def test_bad_messages_are_answered_and_harm_nothing(visitor: Visitor) -> None:
+    await visitor.enter()
+    await visitor.until(lambda: visitor.control.readyState == "open", "an open channel")
+    visitor.control.send("{nonsense")
+    long = await visitor.ask(type="params", id=1, prompt="x" * 5000)
+    unknown = await visitor.ask(type="fly", id=2)
+    wrong = await visitor.ask(type="params", id=3, steps=9)
+    assert "1000 characters" in long["message"] and "5000 characters" in long["message"]
+    assert unknown["type"] == wrong["type"] == "error" and "4" in wrong["message"]
+    assert (await visitor.ask(type="ping", id=4, t_ms=1.5))["t_ms"] == 1.5
+    count = len(visitor.pictures)
+    await visitor.until(lambda: len(visitor.pictures) > count + 5, "pictures after bad messages")
+
+
+async def test_the_camera_passes_through_while_the_model_loads_then_fades(base: str, engine: FakeEngine) -> None:
+    await engine.lose_rank()
+    engine.delay_s = 0.02
+    loading = asyncio.create_task(engine.lose_rank(down_s=2.0))
+    await asyncio.sleep(0)
+    visitor = Visitor(base)
+    try:
+        response = await visitor.enter(params={"prompt": "neon"})
+        assert response.status == 201 and not loading.done()
+        await visitor.until(lambda: visitor.stats().get("state") == "passthrough", "the camera itself")
+        assert (await get(base + "/readyz"))[0] == 503
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+        codes = [m["code"] for m in visitor.messages if m["type"] == "notice"]
+        assert codes[:2] == ["model_loading", "model_ready"]
+        assert (await get(base + "/readyz"))[0] == 200
+    finally:
+        await visitor.leave()
+        await loading
+
+
+async def test_a_lost_engine_shows_the_camera_and_comes_back(visitor: Visitor, engine: FakeEngine) -> None:
+    await visitor.enter(params={"prompt": "neon"})
+    await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+    lost = asyncio.create_task(engine.lose_rank(down_s=1.5))
+    await visitor.until(lambda: visitor.stats().get("state") == "passthrough", "the camera")
+    ack = await visitor.ask(type="params", id=1, prompt="ink")
+    assert ack["first_frame"] is None and ack["params"]["prompt"] == "ink"
+    await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture again")
+    assert next(iter(engine.streams.values())).params.prompt == "ink"
+    assert "engine_lost" in [m.get("code") for m in visitor.messages]
+    await lost
+
+
+async def test_two_visitors_share_evenly_and_the_third_is_told_when_to_come_back(base: str, engine: FakeEngine) -> None:
+    engine.delay_s = 0.1
+    one, two, three = Visitor(base), Visitor(base), Visitor(base)
+    try:
+        await one.enter(params={"prompt": "neon"})
+        await one.until(lambda: one.stats().get("agreed_fps") == 24, "the full rate")
+        await two.enter(params={"prompt": "ink"})
+        await one.until(lambda: one.stats().get("agreed_fps") == 15, "an evenly lowered rate")
+        await two.until(lambda: two.stats().get("agreed_fps") == 15, "the same rate for both")
+        assert any(m.get("code") == "rate_changed" for m in one.messages)
+        refused = await three.enter()
+        problem = await refused.json()
+        assert refused.status == 503 and refused.headers["Retry-After"] == "5"
+        assert problem["code"] == "full" and problem["retryable"]
+        assert {s.params.prompt for s in engine.streams.values()} == {"neon", "ink"}
+    finally:
+        for visitor in (one, two, three):
+            await visitor.leave()
+
+
+async def test_a_camera_that_changes_size_in_mid_stream_goes_on(visitor: Visitor) -> None:
+    await visitor.enter(params={"prompt": "neon"})
+    await visitor.until(lambda: len(visitor.pictures) > 5, "pictures")
+    for size in ((480, 640), (160, 120)):
+        visitor.camera.size = size
+        count = len(visitor.pictures)
+        await visitor.until(lambda seen=count: len(visitor.pictures) > seen + 10, f"pictures at {size}")  # type: ignore[misc]
+        assert visitor.pictures[-1][1].shape == (64, 64, 3)
+
+
+async def test_delete_frees_everything_at_once(base: str, engine: FakeEngine) -> None:
+    us = psutil.Process()
+    for turn in range(4):
+        visitor = Visitor(base)
+        await visitor.enter()
+        await visitor.until(lambda v=visitor: len(v.pictures) > 3, "pictures")  # type: ignore[misc]
+        async with visitor.http.delete(visitor.url) as response:
+            assert response.status == 204
+        assert engine.capacity.open_streams == 0
+        assert (await get(base + "/api/v1/capacity"))[1]["open"] == 0
+        async with visitor.http.delete(visitor.url) as response:
+            assert response.status == 404 and (await response.json())["code"] == "session_gone"
+        await visitor.leave()
+        if turn == 0:
+            descriptors = us.num_fds()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("peer")]
+    ours = ("engine/", "registry/")
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert not [name for name in names if "/" in name and not name.startswith(ours)]
+    assert us.num_fds() <= descriptors + 2
+
+
+async def test_broken_offers_are_refused_by_name_and_keep_no_seat(base: str) -> None:
+    url = base + "/api/v1/webrtc/offer"
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"data": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+        ({"data": b"v=0", "headers": {"Content-Type": "application/sdp"}}, 415),
+        ({"json": {"type": "offer", "sdp": "v=0"}}, 422),
+        ({"json": {"type": "offer", "sdp": "x" * 200_000}}, 413),
+        ({"json": {"type": "offer", "sdp": "v=0", "params": {"strength": 7}}}, 400),
+        ({"json": {"type": "offer", "sdp": "v=0", "params": {"prompt": "x" * 10_000}}}, 400),
+    ]
+    async with aiohttp.ClientSession() as http:
+        for arguments, status in cases:
+            async with http.post(url, **arguments) as response:
+                problem = await response.json(content_type="application/problem+json")
+                assert response.status == status, problem
+                assert problem["code"] and problem["message"]
+    assert (await get(base + "/api/v1/capacity"))[1]["open"] == 0
+
+
+async def test_other_origins_and_hosts_are_refused(base: str) -> None:
+    async with aiohttp.ClientSession() as http:
+        async with http.get(base + "/healthz", headers={"Origin": "http://evil.example"}) as response:
+            assert response.status == 403
+        async with http.get(base + "/healthz", headers={"Host": "evil.example"}) as response:
+            assert response.status == 403
+        async with http.get(base + "/healthz") as response:
+            assert response.status == 200
+        async with http.get(base + "/../pyproject.toml") as response:
+            assert response.status == 404
+        async with http.get(base + "/metrics") as response:
+            assert "livebrush_sessions 0.0" in await response.text()
