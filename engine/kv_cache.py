@@ -45,7 +45,9 @@ class KVCache:
         self._order = torch.cat((torch.arange(self.window), rolling, rolling)).to(device)
         self._places = self._slot_places().to(device)
         self.frames_seen = 0
-        self._start = 0
+        # What `begin_chunk` sets: the slots to write, and where the chunk and all valid slots stand in the window.
+        self._slots = self._order[:0]
+        self._query = self._key = self._table
 
     def _slot_places(self) -> Tensor:
         """Window position of every slot [ring, window], by how far the ring has turned."""
@@ -67,9 +69,9 @@ class KVCache:
         if not 1 <= frames <= self._ring:
             raise ValueError(f"a chunk of {frames} latent frames must hold 1 to {self._ring}")
         seen = self.frames_seen
-        self._start = seen if seen < self.window else self.window + (seen - self.window) % self._ring
+        start = seen if seen < self.window else self.window + (seen - self.window) % self._ring
         self.frames_seen = seen + frames
-        self._slots = self._order.narrow(0, self._start, frames)
+        self._slots = self._order.narrow(0, start, frames)
         tokens, valid = frames * self.tokens, self.valid_frames * self.tokens
         self._query = self._table.narrow(valid - tokens, tokens)
         self._key = self._table.narrow(0, valid)

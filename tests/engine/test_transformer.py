@@ -149,7 +149,7 @@ def test_no_frame_sees_the_future_and_each_sees_the_sink_but_not_the_evicted(nam
 def published_pass(model: CausalTransformer, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
     """Wan 2.1 for one latent frame, restated from its published rules in float64 on the state dict alone."""
     config = model.config
-    w = {key: tensor.double() for key, tensor in model.state_dict().items()}
+    w: dict[str, Tensor] = {key: tensor.double() for key, tensor in model.state_dict().items()}
 
     def linear(name: str, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -172,7 +172,8 @@ def published_pass(model: CausalTransformer, noisy: Tensor, timestep: Tensor, te
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores: Tensor = q @ k.transpose(-1, -2) / config.head_dim**0.5
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        mixed: Tensor = scores.softmax(-1) @ v
+        return mixed.transpose(1, 2).flatten(2)
 
     plain = PlainAttention(config, 2, 3, (1,))
     tokens = torch.nn.functional.unfold(noisy[:, 0].double(), 2, stride=2).transpose(1, 2)
