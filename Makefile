@@ -1,0 +1,40 @@
+# Each target sets up what it needs (scripts/setup): `make run` or `make test` is all a fresh machine takes.
+# ARGS is passed on, as in: make run ARGS="--port 9000"     make test ARGS="tests/engine -k vae"
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench train doctor clean
+BIN := .venv/bin
+export PYTHON
+# torch's own threads only get in each other's way here (see docs/architecture.md).
+export OMP_NUM_THREADS ?= 1
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+run:  ## set everything up and serve the page at http://127.0.0.1:8080
+	@scripts/setup run
+	@$(BIN)/livebrush serve $(ARGS)
+
+test:  ## set everything up and run the tests (under 10 minutes on 2 cores)
+	@scripts/setup test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint:  ## ruff and mypy --strict
+	@scripts/setup test
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench:  ## measure this machine: rates, latency, deadline misses, TTFF
+	@scripts/setup test
+	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS); done
+
+train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
+	@scripts/setup train
+	@$(BIN)/python -m engine.training $(ARGS)
+
+doctor:  ## what this machine can do, and what is wrong with it
+	@scripts/setup run
+	@$(BIN)/livebrush doctor $(ARGS)
+
+clean:  ## remove caches and build leftovers; .venv and training data stay
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,157 @@
+"""`doctor`: each fault is found, named and given a cure; the measurement turns into a promise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from engine.api import EngineError
+from engine.config import EngineSettings
+from engine.fake import FakeEngine
+from server.cli import main
+from server.doctor import (
+    Finding,
+    Level,
+    Report,
+    check_browser,
+    check_codecs,
+    check_frame_memory,
+    check_gpu,
+    check_memory,
+    check_model,
+    check_port,
+    check_torch,
+    check_versions,
+    examine,
+    to_json,
+    to_text,
+)
+from server.settings import ServerSettings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServerSettings:
+    """Settings with a well-formed model folder, for all that doctor looks at, on a free port."""
+    weights = b"weights" * 1000
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps({"sha256": hashlib.sha256(weights).hexdigest()}))
+    return ServerSettings(port=0, engine=EngineSettings(model=str(folder)))
+
+
+async def measured(settings: ServerSettings, delay_s: float) -> Report:
+    return await examine(settings, make_engine=lambda s: FakeEngine(s.engine.width, s.engine.height, delay_s=delay_s))
+
+
+async def test_a_sound_machine_can_serve_and_says_how_much(settings: ServerSettings) -> None:
+    report = await measured(settings, 0.005)
+    assert report.can_serve, to_text(report)
+    assert report.measured
+    assert report.measured.fps == settings.max_fps
+    assert report.measured.sessions == settings.max_sessions
+    text = to_text(report)
+    assert text.endswith("This machine can serve.")
+    assert "24 fps for one session, 4 sessions at 8 fps" in text
+    assert len(text.splitlines()) < 40
+    assert {finding.name for finding in report.findings} >= {"cpu", "memory", "torch", "gpu", "model", "port", "codecs"}
+
+
+async def test_a_slow_engine_is_promised_less_and_given_a_cure(settings: ServerSettings) -> None:
+    report = await measured(settings, 0.3)
+    speed = report.findings[-1]
+    assert report.measured
+    assert report.measured.fps < settings.max_fps
+    assert (speed.name, speed.level, report.measured.sessions) == ("speed", Level.WARNING, 1)
+    assert "--size" in speed.cure
+    assert report.can_serve
+
+
+async def test_an_engine_that_does_not_start_is_a_problem(settings: ServerSettings) -> None:
+    class Broken(FakeEngine):
+        async def wait_ready(self) -> None:
+            raise EngineError("engine failed: no such kernel")
+
+    report = await examine(settings, make_engine=lambda _: Broken())
+    assert not report.can_serve
+    assert "no such kernel" in report.findings[-1].text
+
+
+async def test_with_a_problem_nothing_is_started(settings: ServerSettings) -> None:
+    def no_engine(settings: ServerSettings) -> FakeEngine:
+        raise AssertionError("the engine was asked for")
+
+    nowhere = settings.model_copy(update={"engine": EngineSettings(model="nowhere")})
+    report = await examine(nowhere, make_engine=no_engine)
+    assert not report.can_serve
+    assert "cannot serve" in to_text(report)
+    assert json.loads(to_json(report))["measured"] is None
+
+
+def test_a_damaged_model_is_found_by_its_hash(settings: ServerSettings) -> None:
+    assert check_model(settings).level is Level.OK
+    (settings.engine.model_dir / "model.safetensors").write_bytes(b"half a file")
+    damaged = check_model(settings)
+    assert damaged.level is Level.PROBLEM
+    assert "git checkout" in damaged.cure
+
+
+@pytest.mark.parametrize("config", ["", "{", "{}"])
+def test_a_broken_model_config_is_a_problem(settings: ServerSettings, config: str) -> None:
+    (settings.engine.model_dir / "config.json").write_text(config)
+    assert check_model(settings).level is Level.PROBLEM
+
+
+def test_a_taken_port_is_a_warning_with_another_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        finding = check_port("127.0.0.1", server.getsockname()[1])
+    assert finding.level is Level.WARNING
+    assert "--port" in finding.cure
+
+
+@pytest.mark.parametrize(("available_gb", "level"), [(0.5, Level.PROBLEM), (1.5, Level.WARNING), (16, Level.OK)])
+def test_memory_is_judged_by_what_the_engine_needs(available_gb: float, level: Level) -> None:
+    finding = check_memory(round(available_gb * 1e9))
+    assert finding.level is level
+    assert bool(finding.cure) is (level is not Level.OK)
+
+
+def test_this_environment_is_what_the_project_asks_for(settings: ServerSettings) -> None:
+    findings = [*check_versions(), check_torch("cpu"), check_codecs(), check_frame_memory(settings)]
+    assert [finding for finding in findings if finding.level is Level.PROBLEM] == []
+
+
+def test_a_gpu_that_is_not_there_is_a_problem_only_where_it_is_asked_for() -> None:
+    finding = check_torch("cuda:0")
+    assert finding.level is Level.PROBLEM or "no GPU" not in finding.text
+
+
+def test_missing_tools_are_said_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert check_gpu().level is Level.OK
+    browser = check_browser()
+    assert (browser.level, browser.cure) == (Level.WARNING, "apt-get install chromium")
+
+
+def test_a_gpu_tool_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert check_gpu().level is Level.WARNING
+
+
+def test_every_fault_on_the_screen_has_its_cure_below_it() -> None:
+    report = Report((Finding("a", Level.OK, "fine"), Finding("b", Level.PROBLEM, "broken", "mend it")), None)
+    assert to_text(report).splitlines()[1:3] == ["problem  b  broken", "            -> mend it"]
+
+
+def test_the_command_ends_with_1_where_it_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick", "--json", "--model", "nowhere"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_serve"] is False
+    assert [f["name"] for f in found["findings"] if f["level"] == "problem"] == ["model"]
