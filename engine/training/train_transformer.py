@@ -66,9 +66,9 @@ def channel_weights(vae: TinyVAE) -> Tensor:
 
 def predict(net: CausalTransformer, batch: Batch, noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """The clean latent: the source plus the network's residual."""
-    prompt = net.prompt_context(batch.text_BLK, batch.mean_BK)
-    residual = net.forward_clip(noisy_BTCHW, batch.source_BTCHW, 1000 * sigma_B, prompt, origin=batch.origin)
-    return batch.source_BTCHW + residual
+    prompt = net.prompt_context(batch.text, batch.mean)
+    residual = net.forward_clip(noisy_BTCHW, batch.source, 1000 * sigma_B, prompt, origin=batch.origin)
+    return batch.source + residual
 
 
 def latent_loss(clean_BTCHW: Tensor, target_BTCHW: Tensor, weights_C11: Tensor) -> Tensor:
@@ -100,7 +100,8 @@ class Trainer:
             self.net.load_state_dict(state["net"])
         elif stage.number > 1:
             self.net.load_state_dict(averaged_weights(work, stage.number - 1))
-        self.average = {key: tensor.clone() for key, tensor in (state["average"] if state else self.net.state_dict()).items()}
+        weights: dict[str, Tensor] = state["average"] if state else self.net.state_dict()
+        self.average = {key: tensor.clone() for key, tensor in weights.items()}
         self.step = int(state["step"]) if state else 0
         self.samples = int(state["samples"]) if state else 0
         self.budget = Budget(minutes * 60, float(state["spent_s"]) if state else 0.0)
@@ -123,10 +124,10 @@ class Trainer:
     def loss(self, batch: Batch) -> Tensor:
         """This stage's loss on a batch with fresh noise."""
         clean = predict(self.net, batch, *noised(batch))
-        loss = latent_loss(clean, batch.target_BTCHW, self.weights)
+        loss = latent_loss(clean, batch.target, self.weights)
         if self.stage.number == 1:
             return loss
-        return 0.3 * loss + pixel_loss(self.vae, clean, batch.target_BTCHW)
+        return 0.3 * loss + pixel_loss(self.vae, clean, batch.target)
 
     def train_step(self, batch: Batch) -> float:
         """One step of all workers together; returns this worker's loss before it."""
@@ -151,7 +152,7 @@ class Trainer:
         """A batch: mostly crops, sometimes whole pictures."""
         whole = torch.rand(()) < WHOLE_SHARE
         batch = self.sampler.draw(self.stage.whole_batch if whole else self.stage.batch, WHOLE if whole else SMALL)
-        self.samples += len(batch.mean_BK)
+        self.samples += len(batch.mean)
         return batch
 
     def save(self) -> None:
@@ -209,7 +210,7 @@ def run_workers(work: Path, stage: int, minutes: float, workers: int, seed: int 
         if workers == 1:
             _worker(0, *args)
         else:
-            mp.spawn(_worker, args, nprocs=workers)  # type: ignore[no-untyped-call]
+            mp.start_processes(_worker, args, nprocs=workers, start_method="spawn")  # type: ignore[attr-defined,no-untyped-call]
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def to_tensor(clips_NTHWC: NDArray[np.uint8]) -> Tensor:
 def to_uint8(frames_BTCHW: Tensor) -> NDArray[np.uint8]:
     """Frames in [-1, 1] to RGB uint8 [B, T, H, W, 3], clamped."""
     rounded = ((frames_BTCHW.clamp(-1, 1) + 1) * 127.5 + 0.5).byte()
-    return rounded.permute(0, 1, 3, 4, 2).contiguous().numpy()
+    return np.asarray(rounded.permute(0, 1, 3, 4, 2).contiguous().numpy())
 
 
 class CropPool:
@@ -57,12 +57,12 @@ class CropPool:
     def _crop(self, size_px: int, frames: int) -> NDArray[np.uint8]:
         rng = self._rng
         shard = self._shards[int(rng.integers(len(self._shards)))]
-        i, j = int(rng.integers(len(shard.clean_NTHWC))), int(rng.integers(-2, shard.styled_NSTHWC.shape[1]))
-        clip = shard.clean_NTHWC[i] if j < 0 else shard.styled_NSTHWC[i, j]
+        i, j = int(rng.integers(len(shard.clean))), int(rng.integers(-2, shard.styled.shape[1]))
+        clip = shard.clean[i] if j < 0 else shard.styled[i, j]
         top, left = (8 * int(rng.integers(0, (side - size_px) // 8 + 1)) for side in clip.shape[1:3])
         first = 4 * int(rng.integers(0, (len(clip) - frames) // 4 + 1))
         clip = clip[first : first + frames, top : top + size_px, left : left + size_px]
-        return clip[..., rng.permutation(3)] if rng.random() < 0.1 else clip
+        return np.asarray(clip[..., rng.permutation(3)] if rng.random() < 0.1 else clip)
 
 
 def pyramid_l1(a_NCHW: Tensor, b_NCHW: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def psnr_by_style(vae: TinyVAE, work: Path, clips: int = 8) -> dict[str, float]:
     with torch.inference_mode():
         for number, style in enumerate(STYLES):
             errors = []
-            for i in range(min(clips, len(shard.clean_NTHWC))):
-                where = np.flatnonzero(shard.styles_NS[i] == number)
-                clip = shard.styled_NSTHWC[i, where[0]] if number else shard.clean_NTHWC[i]
+            for i in range(min(clips, len(shard.clean))):
+                where = np.flatnonzero(shard.styles[i] == number)
+                clip = shard.styled[i, where[0]] if number else shard.clean[i]
                 x = to_tensor(clip[None, :9])
                 y = decode_clip(vae, vae.encode(x, VAEState())[0]).clamp(-1, 1)
                 errors.append(float(functional.mse_loss(y, x)) / 4)
@@ -133,7 +133,8 @@ def train(work: Path, minutes: float, seed: int = 0) -> TinyVAE:
 
     def save() -> None:
         save_checkpoint(
-            path, {"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent_s": budget.spent_s}
+            path,
+            {"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent_s": budget.spent_s},
         )
 
     save()  # the latent space is final from here on

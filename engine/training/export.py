@@ -1,0 +1,88 @@
+"""The trained parts as a model folder: weights in float16, configuration, styles and the model card.
+
+python -m engine.training.export --work .work/tiny --out engine/models/livebrush-tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from engine.training.budget import load_checkpoint
+from engine.training.card import model_card
+from engine.training.latents import load_vae
+from engine.training.phrases import STYLES
+from engine.training.text_table import build as build_text_table
+from engine.training.train_transformer import averaged_weights
+from engine.wan.presets import LIVEBRUSH_TINY
+from engine.wan.text_encoder import Style
+from engine.wan.transformer import CausalTransformer
+from engine.wan.weights import CARD_FILE, ModelConfig, save_model
+
+MODEL_NAME = "livebrush-tiny"
+MODEL_FOLDER = Path(__file__).parent.parent / "models" / MODEL_NAME
+
+
+def last_stage(work: Path) -> int:
+    """The furthest stage with a checkpoint: what export takes."""
+    return 2 if (work / "transformer_2.pt").exists() else 1
+
+
+def export(work: Path, folder: Path) -> ModelConfig:
+    """Write the model folder from the checkpoints in `work`; the card takes its figures from evaluation.json there.
+
+    Raises: FileNotFoundError naming the stage that has not been trained.
+    """
+    transformer = CausalTransformer(LIVEBRUSH_TINY)
+    transformer.load_state_dict(averaged_weights(work, last_stage(work)))
+    return save_model(
+        folder,
+        name=MODEL_NAME,
+        transformer=transformer,
+        vae=load_vae(work),
+        text=build_text_table(work),
+        styles=[Style(id=style.id, name=style.name, prompt=style.prompt, phrases=style.phrases) for style in STYLES],
+        card=model_card(read_evaluation(work), training_minutes(work)),
+    )
+
+
+def read_evaluation(work: Path) -> dict[str, dict[str, float]]:
+    """What engine.training.evaluate measured last; empty before the first time."""
+    path = work / "evaluation.json"
+    figures: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return figures
+
+
+def training_minutes(work: Path) -> dict[str, tuple[float, int]]:
+    """Wall-clock minutes and steps that each trained stage has really taken so far."""
+    stages = {
+        "decoder": "vae.pt",
+        "transformer, stage 1": "transformer_1.pt",
+        "transformer, stage 2": "transformer_2.pt",
+    }
+    found = {name: load_checkpoint(work / file) for name, file in stages.items()}
+    return {name: (float(state["spent_s"]) / 60, int(state["step"])) for name, state in found.items() if state}
+
+
+def rewrite_card(work: Path, folder: Path) -> None:
+    """Put the figures of the last evaluation into the model card, the weights untouched."""
+    card = model_card(read_evaluation(work), training_minutes(work))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    """Command line of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny"))
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = export(args.work, args.out)
+    print(f"{args.out}: {config.name}, SHA-256 {config.sha256}")
+
+
+if __name__ == "__main__":
+    main()
