@@ -29,7 +29,7 @@ bench:  ## measure this machine: rates, latency, deadline misses, TTFF
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train
-	@$(BIN)/python -m engine.training $(ARGS)
+	@$(BIN)/python -m engine.training.run $(ARGS)
 
 doctor:  ## what this machine can do, and what is wrong with it
 	@scripts/setup run
