@@ -27,6 +27,7 @@ class Decoder:
 
     def __init__(self, codec: RTCRtpCodecParameters, max_pixels: int) -> None:
         self.codec = codec
+        self._max_pixels = max_pixels
         self._time_base = fractions.Fraction(1, codec.clockRate)
         self._extended = 0
         name = codec.name.lower()
@@ -36,23 +37,28 @@ class Decoder:
             self._context = cast(VideoCodecContext, av.CodecContext.create(VIDEO_DECODERS[name], "r"))
             self._context.thread_count = 1
             self._context.flags |= Flags.low_delay
-            # Refused before a buffer is made: a 16383x16383 key frame would take 400 MB.
-            self._context.options = {"max_pixels": str(max_pixels)}
+            # Refused before a buffer is made: a 16383x16383 key frame would take 400 MB. FFmpeg compares the size
+            # of its buffers, which are aligned (1080 lines are 1088), hence the slack; the exact bound comes after.
+            self._context.options = {"max_pixels": str(2 * max_pixels + 65536)}
 
     def decode(self, frame: EncodedFrame) -> list[Picture]:
         """Decode one frame; pts is the RTP timestamp without wrapping.
 
-        Raises: PictureTooLargeError; av.FFmpegError, if the data is damaged (the decoder stays usable).
+        Raises: PictureTooLargeError; av.FFmpegError, if the data is damaged (the decoder stays usable). H.264 that is
+            far over the bound cannot be told from damage.
         """
         step = (frame.timestamp - self._extended) & 0xFFFFFFFF
         self._extended += step if step < 0x80000000 else step - 0x100000000
         packet = av.Packet(frame.data)
         packet.pts, packet.time_base = self._extended, self._time_base
         try:
-            return cast(list[Picture], self._context.decode(packet))
+            pictures = cast(list[Picture], self._context.decode(packet))
         except av.ArgumentError as error:
             # Damaged data is InvalidDataError; EINVAL comes of max_pixels.
             raise PictureTooLargeError from error
+        if any(isinstance(item, av.VideoFrame) and item.width * item.height > self._max_pixels for item in pictures):
+            raise PictureTooLargeError
+        return pictures
 
 
 def _opus() -> AudioCodecContext:

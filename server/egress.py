@@ -43,7 +43,7 @@ class OutgoingVideo(MediaStreamTrack):
         self._held: deque[ReleasedFrame] = deque()
         self._ready = asyncio.Event()
         self._first_at: float | None = None
-        self._ticks = 0
+        self._ticks = -1
 
     def push(self, frame: OutgoingFrame, now: float) -> None:
         """Release a picture at this instant."""

@@ -38,7 +38,9 @@ class IceGuard:
 
         async def get_component_candidates(component: int, addresses: list[str], timeout: int = 5) -> list[Candidate]:
             # aioice leaves loopback out, but a browser on this machine may have no other address.
-            found = await gather(component=component, addresses=[LOOPBACK, *addresses], timeout=timeout)
+            found = await gather(
+                component=component, addresses=list(dict.fromkeys([LOOPBACK, *addresses])), timeout=timeout
+            )
             for protocol in connection._protocols:
                 self._watch(connection, protocol)
             return found

@@ -129,7 +129,7 @@ class Peer:
         return await self._channels.next_message()
 
     def send_control(self, text: str) -> None:
-        """Send on the control channel; counted `control_unsent` while it is not open. Never raises."""
+        """Send on the control channel, before its opening at that; counted `control_unsent` after its end."""
         self._channels.send("control", text)
 
     def send_telemetry(self, text: str) -> None:

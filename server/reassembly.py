@@ -13,6 +13,7 @@ What it does against aiortc's own jitter buffer (figures: 1.5 Mbit/s, 40 ms roun
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class EncodedFrame:
 @dataclass(slots=True)
 class _Missing:
     noticed_at: float
-    asked_at: float = 0.0
+    asked_at: float = -math.inf
     tries: int = 0
 
 
@@ -87,7 +88,7 @@ class FrameOrder:
         self._highest = 0
         self._retry_s = FIRST_RETRY_S
         self._waiting_since: float | None = None
-        self._key_asked_at = 0.0
+        self._key_asked_at = -math.inf
 
     @property
     def troubled(self) -> bool:
@@ -141,7 +142,7 @@ class FrameOrder:
         """Release nothing more before a key frame."""
         if self._waiting_since is None:
             self._waiting_since = now
-            self._key_asked_at = 0.0
+            self._key_asked_at = -math.inf
 
     def due(self, now: float) -> list[int]:
         """Return the sequence numbers to ask for again now; each at most `MAX_TRIES` times."""

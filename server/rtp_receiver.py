@@ -51,6 +51,7 @@ from server.settings import MediaSettings
 
 TICK_S = 0.008
 SOURCE_SILENT_S = 1.0
+MAX_DECODE_ERRORS = 20
 MAX_QUEUED = {"video": 8, "audio": 50}
 
 
@@ -257,6 +258,7 @@ class MediaReceiver:
         """Decode what is queued, one frame at a time, in the pool."""
         loop = asyncio.get_running_loop()
         decoder: Decoder | None = None
+        errors = 0  # in a row: a key frame is asked for after each
         while True:
             while not self._queue:
                 self._queued.clear()
@@ -267,18 +269,27 @@ class MediaReceiver:
             try:
                 pictures = await loop.run_in_executor(self._pool, decoder.decode, frame)
             except PictureTooLargeError:
-                self._counters["input_too_large"] += 1
-                self._enabled = False
-                self._ended()
+                self._give_up("input_too_large")
                 return
             except av.FFmpegError:
                 self._counters[f"{self._kind}_decode_errors"] += 1
+                errors += 1
+                if errors > MAX_DECODE_ERRORS:
+                    self._give_up("input_undecodable")
+                    return
                 if self._order is not None:
                     self._order.await_key_frame(time.monotonic())
                     self._trouble.set()
                 continue
+            errors = 0
             for picture in pictures:
                 self._deliver(picture, frame.arrived_at)
+
+    def _give_up(self, reason: str) -> None:
+        """End this input, the connection stays."""
+        self._counters[reason] += 1
+        self._enabled = False
+        self._ended()
 
     async def _report(self) -> None:
         """Send receiver reports, as aiortc does: at random intervals of 0.5 to 1.5 s (RFC 3550, 6.2)."""
