@@ -1,0 +1,50 @@
+// The page's entry: builds the session and the elements' binding, and offers window.livebrush for scripts and tests.
+
+import { LiveSession } from "./session.js";
+import { Ui } from "./ui.js";
+
+async function getJson(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url}: ${response.status}`);
+  return response.json();
+}
+
+/** @returns {Promise<RTCConfiguration>} an empty one where the server does not answer: the offer will say so */
+function iceServers() {
+  return getJson("/api/v1/ice-servers").catch(() => ({ iceServers: [] }));
+}
+
+/** What the address asks for: settings, source, and whether to begin by itself. */
+function wishes() {
+  const query = new URLSearchParams(location.search);
+  const settings = {};
+  if (query.has("prompt")) settings.prompt = query.get("prompt");
+  for (const name of ["strength", "steps", "seed"]) {
+    const value = Number(query.get(name));
+    if (query.has(name) && Number.isFinite(value)) settings[name] = value;
+  }
+  return { settings, autostart: query.get("autostart") === "1", source: query.get("source") ?? "camera" };
+}
+
+async function main() {
+  const session = new LiveSession(iceServers());
+  const ui = new Ui(session);
+  const { settings, autostart, source } = wishes();
+  window.livebrush = Object.freeze({
+    start: (kind = "camera", options = {}) => session.start(kind, options),
+    stop: () => session.stop(),
+    set: (change) => session.set(change),
+    bypass: (on) => session.setBypass(on),
+    stats: (options) => session.stats(options),
+  });
+  // Back from the browser's cache the page begins anew: its connection did not survive.
+  addEventListener("pagehide", () => session.stop({ leaving: true }));
+  ui.showReadiness();
+  const [model] = (await getJson("/api/v1/models").catch(() => ({ models: [] }))).models;
+  const styles = model?.styles ?? [];
+  await session.set({ prompt: styles[0]?.prompt ?? "", ...settings });
+  ui.setStyles(styles, model?.steps_max ?? 1);
+  if (autostart) await session.start(source);
+}
+
+main();

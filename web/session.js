@@ -1,0 +1,331 @@
+// A person's session: one source, one set of settings, and as many connections after each other as it takes.
+
+import { Connection, ConnectionLost } from "./connection.js";
+import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sources.js";
+
+const BACKOFF_S = [0.5, 1, 2, 4, 8];
+const FULL_RETRY_S = 5;
+const READY_POLL_MS = 500;
+// A connection that held this long was a good one: the next loss begins the back-off anew.
+const STEADY_MS = 10_000;
+const LATENCY_WINDOW_S = 10;
+
+/**
+ * @typedef {"idle"|"asking"|"connecting"|"loading"|"live"|"reconnecting"|"waiting"|"stopped"|"failed"} State
+ * idle: nothing started; asking: a source is being opened; loading: connected, the camera passes through until the
+ * model is ready; reconnecting: the server is gone; waiting: the server is full; failed: see `problem`.
+ * @typedef {{prompt: string, strength: number, steps: number, seed: number}} Settings
+ */
+
+/** Events: `change` (state, problem or settings), `track` (a remote track), `source`, `notice`, `ack`. */
+export class LiveSession extends EventTarget {
+  /** @type {State} */
+  state = "idle";
+  /** What is wrong and the cure, or null. @type {{code: string, title: string, message: string} | null} */
+  problem = null;
+  /** @type {Settings} */
+  settings = { prompt: "", strength: 1, steps: 1, seed: 0 };
+  bypass = false;
+  /** The server's last `stats`, or null. */
+  server = null;
+  /** @type {import("./sources.js").Source | null} */
+  source = null;
+  /** @type {Connection | null} */
+  connection = null;
+  /** Per cent of the model's start, while it loads. */
+  loadingPercent = null;
+  /** When the next attempt comes (page clock), while reconnecting or waiting. */
+  retryAt = null;
+  clickToPictureMs = null;
+  #ice;
+  #clickedAt = 0;
+  #attempt = 0;
+  #openedAt = 0;
+  #retryTimer = 0;
+  #readyTimer = 0;
+  #microphone = null;
+  /** Counts starts and stops: what was awaited in an older one is thrown away. */
+  #epoch = 0;
+
+  /** @param {Promise<RTCConfiguration>} ice fetched when the page loads */
+  constructor(ice) {
+    super();
+    this.#ice = ice;
+  }
+
+  /** Whether a session is under way, in whatever state of health. */
+  get active() {
+    return !["idle", "stopped", "failed"].includes(this.state);
+  }
+
+  /**
+   * Starts, or changes the source of the running session without a new connection.
+   * @param {string} kind camera, screen, clip or file
+   * @param {{microphone?: boolean, file?: File}} options
+   */
+  async start(kind, options = {}) {
+    const epoch = ++this.#epoch;
+    const live = this.connection !== null;
+    this.problem = null;
+    if (!live) {
+      this.#clickedAt = performance.now();
+      this.clickToPictureMs = null;
+      this.#attempt = 0;
+      clearTimeout(this.#retryTimer);
+      this.#set("asking");
+      // A camera that need not be asked for opens while the connection is made; so does a clip.
+      if (kind === "clip" || (kind === "camera" && (await cameraIsGranted()))) this.#connect(epoch);
+    }
+    try {
+      const source = await openSource(kind, options);
+      if (epoch !== this.#epoch) return source.stop();
+      this.#takeSource(source);
+    } catch (error) {
+      if (!(error instanceof SourceError)) throw error;
+      if (epoch === this.#epoch) this.#refuseSource(error, live);
+      return undefined;
+    }
+    if (this.connection) await this.#giveTracks();
+    else await this.#connect(epoch);
+    return undefined;
+  }
+
+  /** Stops for good and frees the seat. */
+  stop({ leaving = false } = {}) {
+    this.#epoch++;
+    clearTimeout(this.#retryTimer);
+    this.#disconnect({ leaving });
+    this.#dropSource();
+    if (this.active) this.#set("stopped");
+  }
+
+  /**
+   * Changes settings; what is not connected keeps them for the next offer.
+   * @param {Partial<Settings>} change
+   * @returns {Promise<object>} the server's ack: `first_frame` is the first frame that shows it, null if none is known
+   */
+  async set(change) {
+    const before = this.settings;
+    this.settings = { ...before, ...change };
+    this.#emit("change");
+    try {
+      const ack = await this.connection?.request("params", change);
+      if (ack) this.#emit("ack", ack);
+      return ack ?? { first_frame: null, params: this.settings };
+    } catch (error) {
+      // Refused by the server: what was in force before stays so.
+      for (const key of Object.keys(change)) if (this.settings[key] === change[key]) this.settings[key] = before[key];
+      this.#emit("change");
+      throw error;
+    }
+  }
+
+  /** @param {boolean} on show the camera as it is */
+  async setBypass(on) {
+    this.bypass = on;
+    this.#emit("change");
+    return (await this.connection?.request("bypass", { on })) ?? null;
+  }
+
+  /** Switches the microphone on or off while a camera runs. @param {boolean} on */
+  async setMicrophone(on) {
+    this.#microphone?.stop();
+    this.#microphone = null;
+    try {
+      if (on && this.source?.kind === "camera") this.#microphone = await openMicrophone();
+    } finally {
+      if (this.connection) await this.connection.setAudio(this.#soundTrack());
+    }
+  }
+
+  /** The verdict's figures as numbers; null where nothing is known. @param {{window_s?: number}} options */
+  stats({ window_s: windowS = LATENCY_WINDOW_S } = {}) {
+    const { connection, server } = this;
+    const now = performance.now();
+    const latency = connection?.meter.latency(now, windowS);
+    return {
+      fps: connection?.meter.fps(now) ?? null,
+      latency_p50_ms: latency?.p50 ?? null,
+      latency_p95_ms: latency?.p95 ?? null,
+      on_time: server?.on_time ?? null,
+      ttff_ms: server?.ttff_ms ?? null,
+      click_to_picture_ms: this.clickToPictureMs,
+      state: this.state,
+      frames_shown: connection?.meter.framesShown ?? 0,
+      restyled_shown: connection?.meter.restyledShown ?? 0,
+      session: connection?.session ?? null,
+      agreed_fps: connection?.agreedFps ?? null,
+      limited_by: server?.limited_by ?? null,
+      problem: this.problem?.code ?? null,
+      server,
+    };
+  }
+
+  // --- source
+
+  #takeSource(source) {
+    this.#dropSource();
+    this.source = source;
+    source.onended = () => this.#onSourceEnded();
+    this.#emit("source", source);
+  }
+
+  #dropSource() {
+    this.#microphone?.stop();
+    this.#microphone = null;
+    if (!this.source) return;
+    this.source.onended = null;
+    this.source.stop();
+    this.source = null;
+    this.#emit("source", null);
+  }
+
+  #refuseSource(error, live) {
+    this.problem = { code: error.code, title: error.title, message: error.message };
+    if (live && this.source) {
+      this.#emit("change"); // the old source goes on
+      return;
+    }
+    this.#disconnect();
+    this.#set("failed");
+  }
+
+  #onSourceEnded() {
+    const { kind } = this.source;
+    this.stop();
+    if (kind === "screen") return;
+    this.problem = {
+      code: "camera_ended",
+      title: "The camera stopped",
+      message: "It was unplugged, or another program took it. Connect it and start again.",
+    };
+    this.#set("failed");
+  }
+
+  #soundTrack() {
+    return this.#microphone ?? this.source?.stream.getAudioTracks()[0] ?? null;
+  }
+
+  async #giveTracks() {
+    await this.connection.setTracks(this.source.stream.getVideoTracks()[0], this.#soundTrack());
+  }
+
+  // --- connection
+
+  async #connect(epoch) {
+    const ice = await this.#ice;
+    if (epoch !== this.#epoch || this.connection) return;
+    const connection = new Connection(ice);
+    this.connection = connection;
+    this.server = null;
+    this.#set("connecting");
+    this.#listen(connection);
+    try {
+      if (this.source) await this.#giveTracks();
+      await connection.open(this.settings, this.bypass);
+      this.#openedAt = performance.now();
+      // Set while the offer was under way: the newer settings and source win.
+      if (this.source && connection === this.connection) await this.#giveTracks();
+    } catch (error) {
+      if (connection !== this.connection) return;
+      if (!(error instanceof ConnectionLost)) throw error;
+      this.#onLost(error);
+    }
+  }
+
+  #listen(connection) {
+    const when = (type, handle) =>
+      connection.addEventListener(type, (event) => connection === this.connection && handle(event.detail));
+    when("track", (track) => this.#emit("track", track));
+    when("lost", (error) => this.#onLost(error));
+    when("notice", (notice) => this.#onNotice(notice));
+    when("stats", (stats) => this.#onStats(stats));
+  }
+
+  #disconnect(options) {
+    clearTimeout(this.#readyTimer);
+    this.#readyTimer = 0;
+    this.connection?.close(options);
+    this.connection = null;
+    this.loadingPercent = null;
+    this.retryAt = null;
+  }
+
+  #onStats(stats) {
+    this.server = stats;
+    this.problem = null;
+    const { firstRestyledAt } = this.connection.meter;
+    if (this.clickToPictureMs === null && firstRestyledAt !== null) {
+      this.clickToPictureMs = firstRestyledAt - this.#clickedAt;
+    }
+    if (performance.now() - this.#openedAt > STEADY_MS) this.#attempt = 0;
+    if (stats.state === "passthrough") {
+      this.#watchReadiness();
+      return;
+    }
+    this.#set("live");
+  }
+
+  #onNotice(notice) {
+    if (notice.code === "model_loading" || notice.code === "engine_lost") this.#watchReadiness();
+    this.#emit("notice", notice);
+  }
+
+  /** While the camera passes through: how far the model is. */
+  async #watchReadiness() {
+    if (this.#readyTimer) return;
+    const { connection } = this;
+    const again = () => {
+      this.#readyTimer = 0;
+      if (connection === this.connection && this.server?.state === "passthrough") this.#watchReadiness();
+    };
+    this.#readyTimer = setTimeout(again, READY_POLL_MS);
+    const readiness = await readReadiness();
+    if (connection !== this.connection || !readiness || readiness.ready) return;
+    this.loadingPercent = readiness.percent;
+    this.#set("loading");
+    this.#emit("change");
+  }
+
+  /** @param {ConnectionLost} lost */
+  #onLost(lost) {
+    const epoch = this.#epoch;
+    this.#disconnect();
+    if (!lost.retryable) {
+      this.#dropSource();
+      this.problem = { code: lost.code, title: "The server refused", message: lost.message };
+      this.#set("failed");
+      return;
+    }
+    const full = lost.code === "full";
+    const backoff = BACKOFF_S[Math.min(this.#attempt++, BACKOFF_S.length - 1)];
+    const delayS = lost.retryAfterS ?? (full ? FULL_RETRY_S : backoff);
+    this.problem = full
+      ? { code: "full", title: "The server is full", message: `${lost.message} This page tries again by itself.` }
+      : { code: lost.code, title: "The server is gone", message: `${lost.message} This page reconnects by itself and keeps your settings.` };
+    this.retryAt = performance.now() + delayS * 1000;
+    this.#retryTimer = setTimeout(() => this.#connect(epoch), delayS * 1000);
+    this.#set(full ? "waiting" : "reconnecting");
+  }
+
+  /** @param {State} state */
+  #set(state) {
+    if (state !== "reconnecting" && state !== "waiting") this.retryAt = null;
+    if (state === "live") this.loadingPercent = null;
+    this.state = state;
+    this.#emit("change");
+  }
+
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
+
+/** @returns {Promise<{ready: boolean, stage: string, percent: number} | null>} null when nobody answers */
+export async function readReadiness() {
+  try {
+    return await (await fetch("/readyz")).json();
+  } catch {
+    return null;
+  }
+}

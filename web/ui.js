@@ -1,0 +1,497 @@
+// The page's elements: what is pressed becomes a call on the session, what the session says becomes text and picture.
+
+import { readReadiness } from "./session.js";
+
+const PROMPT_PAUSE_MS = 700;
+const SLIDER_PERIOD_MS = 120;
+const HOLD_MS = 350;
+const REFRESH_MS = 500;
+const READY_POLL_MS = 1_000;
+const SEED_LIMIT = 2 ** 31;
+const HERO_TILES = 8;
+const PHONE = "(max-width: 760px)";
+
+const STATES = {
+  idle: ["Not started", "idle"],
+  asking: ["Waiting for the source…", "busy"],
+  connecting: ["Connecting…", "busy"],
+  loading: ["Model loading", "busy"],
+  live: ["Live", "live"],
+  reconnecting: ["Reconnecting", "bad"],
+  waiting: ["Server full", "bad"],
+  stopped: ["Stopped", "idle"],
+  failed: ["Not running", "bad"],
+};
+const LIMITS = { cpu: "CPU", gpu: "GPU", camera: "the camera", network: "the network" };
+const LEGS = [
+  ["uplink", "To the server", "encoding here and half the round trip"],
+  ["queue", "Waiting for the engine", "until it takes the chunk up"],
+  ["engine", "Painting", "encode, denoise, decode"],
+  ["spread", "Chunk and pacing", "collecting frames, spreading them evenly"],
+  ["downlink", "Back to the page", "encoding there and the network"],
+  ["display", "To the screen", "decoding here and the display"],
+];
+
+const $ = (id) => document.getElementById(id);
+
+/** Binds the page to a session and keeps it up to date. */
+export class Ui {
+  #session;
+  #styles = [];
+  #promptTimer = 0;
+  #sliderTimer = 0;
+  #pendingSliders = {};
+  #remote = new MediaStream();
+  #lastKind = "camera";
+  #lastFile = null;
+  #maySplitByItself = true;
+
+  /** @param {import("./session.js").LiveSession} session */
+  constructor(session) {
+    this.#session = session;
+    $("restyled").srcObject = this.#remote;
+    this.#bindSession();
+    this.#bindSources();
+    this.#bindStyle();
+    this.#bindPicture();
+    document.addEventListener("keydown", (event) => this.#onKey(event));
+    setInterval(() => this.#refresh(), REFRESH_MS);
+    this.setView(matchMedia(PHONE).matches ? "split" : "side");
+    this.#render();
+  }
+
+  // --- what the session says
+
+  #bindSession() {
+    const session = this.#session;
+    session.addEventListener("change", () => this.#render());
+    session.addEventListener("track", ({ detail: track }) => this.#showRemote(track));
+    session.addEventListener("source", ({ detail: source }) => this.#showSource(source));
+    session.addEventListener("ack", ({ detail: ack }) => this.#showAck(ack));
+    session.addEventListener("notice", ({ detail: notice }) => this.#showNotice(notice));
+  }
+
+  #showRemote(track) {
+    if (track.kind === "audio") {
+      $("audio").srcObject = new MediaStream([track]);
+      this.#applySound();
+      return;
+    }
+    for (const old of this.#remote.getTracks()) this.#remote.removeTrack(old);
+    this.#remote.addTrack(track);
+    this.#watchFrames();
+  }
+
+  /** Every shown frame goes to the meter of the connection it came over. */
+  #watchFrames() {
+    const video = $("restyled");
+    const { connection } = this.#session;
+    if (!video.requestVideoFrameCallback || !connection) return;
+    const onFrame = (now, metadata) => {
+      if (connection !== this.#session.connection) return;
+      connection.meter.onFrame(now, metadata);
+      document.body.dataset.picture = "yes";
+      video.requestVideoFrameCallback(onFrame);
+    };
+    video.requestVideoFrameCallback(onFrame);
+  }
+
+  #showSource(source) {
+    $("original").srcObject = source ? new MediaStream(source.stream.getVideoTracks()) : null;
+    for (const button of document.querySelectorAll(".source")) {
+      button.setAttribute("aria-pressed", String(button.dataset.source === source?.kind));
+    }
+    if (source) this.#lastKind = source.kind;
+    $("microphone-switch").hidden = Boolean(source) && source.kind !== "camera";
+    $("sound-switch").hidden = !source || source.kind === "camera" || !source.hasSound;
+    this.#applyMirror();
+    this.#applySound();
+  }
+
+  #showAck(ack) {
+    const { params, style, first_frame: frame } = ack;
+    const near = style ? `, nearest style: ${style.id.replaceAll("-", " ")}` : "";
+    this.#note(frame === null ? `Noted${near}.` : `“${params.prompt || "unstyled"}” since frame ${frame}${near}.`);
+  }
+
+  #showNotice(notice) {
+    if (notice.type === "error" || notice.code === "rate_changed") this.#note(notice.message);
+  }
+
+  #note(text) {
+    $("prompt-note").textContent = text;
+  }
+
+  // --- rendering
+
+  #render() {
+    const session = this.#session;
+    const { state, problem, settings } = session;
+    document.body.dataset.state = state;
+    if (!session.active) delete document.body.dataset.picture;
+    $("hero").hidden = session.active || Boolean(problem);
+    $("stop").hidden = !session.active;
+    $("problem").hidden = !problem;
+    if (problem) {
+      setText($("problem-title"), problem.title);
+      setText($("problem-text"), problem.message);
+      $("problem-retry").textContent = session.active ? "Try now" : "Try again";
+      $("problem-clip").hidden = session.active || problem.code === "no_video" && this.#lastKind === "clip";
+    }
+    $("problem").classList.toggle("slim", Boolean(problem) && session.active);
+    if (document.activeElement !== $("prompt")) $("prompt").value = settings.prompt;
+    if (!this.#sliderTimer) {
+      $("strength").value = settings.strength;
+      $("steps").value = settings.steps;
+    }
+    setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
+    setText($("steps-value"), $("steps").value);
+    $("bypass").setAttribute("aria-pressed", String(session.bypass));
+    setText($("restyled-caption"), session.bypass ? "Original (painted is off)" : "Painted");
+    for (const tile of $("styles").children) {
+      tile.setAttribute("aria-pressed", String(tile.dataset.prompt === settings.prompt));
+    }
+    this.#refresh();
+  }
+
+  /** What changes by itself: state text, verdict, details. */
+  #refresh() {
+    const session = this.#session;
+    const [text, tone] = STATES[session.state];
+    const chip = $("state");
+    setText(chip, this.#stateText(text));
+    chip.dataset.tone = tone;
+    const stats = session.stats();
+    setText($("verdict-text"), verdict(stats));
+    $("verdict").dataset.tone = verdictTone(stats);
+    if ($("details").open) this.#refreshDetails(stats);
+  }
+
+  #stateText(text) {
+    const { state, loadingPercent, retryAt, bypass, server } = this.#session;
+    if (state === "loading") return loadingPercent === null ? text : `${text} ${loadingPercent} %`;
+    if (retryAt !== null) return `${text}, next try in ${Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))} s`;
+    if (state === "live" && bypass) return "Live, showing the original";
+    if (state === "live" && server?.state === "fading") return "Live, fading in";
+    return text;
+  }
+
+  #refreshDetails(stats) {
+    const { connection, server } = this.#session;
+    const legs = connection && legsOf(connection.meter.budget(performance.now(), 10), server);
+    $("budget").replaceChildren(...(legs ?? []).map(([name, ms]) => {
+      const bar = document.createElement("span");
+      bar.className = `leg ${name}`;
+      bar.style.flexGrow = String(Math.max(0, ms));
+      return bar;
+    }));
+    $("budget-rows").replaceChildren(...budgetRows(legs));
+    $("facts").replaceChildren(...facts(stats, connection, server));
+  }
+
+  // --- sources
+
+  #bindSources() {
+    for (const button of document.querySelectorAll("[data-source]")) {
+      button.addEventListener("click", () => this.#choose(button.dataset.source));
+    }
+    $("file").addEventListener("change", () => {
+      const [file] = $("file").files;
+      $("file").value = "";
+      if (file) this.#start("file", file);
+    });
+    $("stop").addEventListener("click", () => this.#session.stop());
+    $("problem-retry").addEventListener("click", () => this.#choose(this.#lastKind, this.#lastFile));
+    $("problem-clip").addEventListener("click", () => this.#choose("clip"));
+    $("microphone").addEventListener("change", () => this.#setMicrophone($("microphone").checked));
+    $("sound").addEventListener("change", () => this.#applySound());
+  }
+
+  #choose(kind) {
+    if (kind === "file") $("file").click();
+    else this.#start(kind);
+  }
+
+  #start(kind, file) {
+    this.#lastKind = kind;
+    this.#lastFile = file ?? null;
+    this.#session.start(kind, { file, microphone: $("microphone").checked });
+  }
+
+  async #setMicrophone(on) {
+    this.#applySound();
+    try {
+      await this.#session.setMicrophone(on);
+    } catch (error) {
+      $("microphone").checked = false;
+      this.#applySound();
+      this.#note(`${error.title}. ${error.message}`);
+    }
+  }
+
+  /** What comes back is heard only where sound was chosen: a camera's own microphone would howl. */
+  #applySound() {
+    const kind = this.#session.source?.kind;
+    const wanted = kind === "camera" ? $("microphone").checked : $("sound").checked && Boolean(this.#session.source?.hasSound);
+    $("audio").muted = !wanted;
+    if (wanted && $("audio").srcObject) $("audio").play().catch(() => this.#note("Press anywhere on the page to hear the sound."));
+  }
+
+  // --- style
+
+  /** @param {{id: string, name: string, prompt: string, thumbnail?: string}[]} styles */
+  setStyles(styles, stepsMax) {
+    this.#styles = styles;
+    $("styles-field").hidden = !styles.length;
+    $("styles").replaceChildren(...styles.map((style, index) => this.#tile(style, index)));
+    $("hero-tiles").replaceChildren(...styles.slice(0, HERO_TILES).map((style) => picture(style)));
+    $("steps").max = stepsMax;
+    this.#render();
+  }
+
+  #tile(style, index) {
+    const tile = document.createElement("button");
+    tile.type = "button";
+    tile.className = "tile";
+    tile.dataset.prompt = style.prompt;
+    if (index < 9) tile.title = `${style.prompt} (${index + 1})`;
+    const name = document.createElement("span");
+    name.textContent = style.name;
+    tile.append(picture(style), name);
+    tile.addEventListener("click", () => this.#apply({ prompt: style.prompt }));
+    return tile;
+  }
+
+  #bindStyle() {
+    $("prompt-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#applyPrompt();
+    });
+    $("prompt").addEventListener("input", () => {
+      clearTimeout(this.#promptTimer);
+      this.#promptTimer = setTimeout(() => this.#applyPrompt(), PROMPT_PAUSE_MS);
+    });
+    $("strength").addEventListener("input", () => this.#slide({ strength: Number($("strength").value) }));
+    $("steps").addEventListener("input", () => this.#slide({ steps: Number($("steps").value) }));
+    $("seed").addEventListener("click", () => this.#apply({ seed: Math.floor(Math.random() * SEED_LIMIT) }));
+    this.#bindBypass();
+  }
+
+  #applyPrompt() {
+    clearTimeout(this.#promptTimer);
+    const prompt = $("prompt").value.trim();
+    if (prompt !== this.#session.settings.prompt) this.#apply({ prompt });
+  }
+
+  /** At most one message in SLIDER_PERIOD_MS, and always the last position. */
+  #slide(change) {
+    Object.assign(this.#pendingSliders, change);
+    setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
+    setText($("steps-value"), $("steps").value);
+    this.#sliderTimer ||= setTimeout(() => {
+      this.#sliderTimer = 0;
+      this.#apply(this.#pendingSliders);
+      this.#pendingSliders = {};
+    }, SLIDER_PERIOD_MS);
+  }
+
+  async #apply(change) {
+    if ("prompt" in change) {
+      $("prompt").value = change.prompt;
+      if (this.#session.active) this.#note("Painting it…");
+    }
+    try {
+      await this.#session.set(change);
+    } catch (error) {
+      this.#note(error.message);
+    }
+  }
+
+  /** A short press toggles, a long one shows the original while it lasts. */
+  #bindBypass() {
+    const button = $("bypass");
+    let pressedAt = null;
+    button.addEventListener("pointerdown", () => {
+      pressedAt = performance.now();
+      if (!this.#session.bypass) this.#session.setBypass(true);
+      else pressedAt = -Infinity;
+    });
+    const release = () => {
+      if (pressedAt === null) return;
+      if (performance.now() - pressedAt > HOLD_MS) this.#session.setBypass(false);
+      pressedAt = null;
+    };
+    button.addEventListener("pointerup", release);
+    button.addEventListener("pointercancel", release);
+    button.addEventListener("pointerleave", release);
+    // A key press comes as a click without a pointer.
+    button.addEventListener("click", (event) => event.detail === 0 && this.#toggleBypass());
+  }
+
+  #toggleBypass() {
+    this.#session.setBypass(!this.#session.bypass);
+  }
+
+  // --- picture
+
+  #bindPicture() {
+    for (const button of document.querySelectorAll("[data-set-view]")) {
+      button.addEventListener("click", () => {
+        this.#maySplitByItself = false;
+        this.setView(button.dataset.setView);
+      });
+    }
+    matchMedia(PHONE).addEventListener("change", ({ matches }) => {
+      if (this.#maySplitByItself) this.setView(matches ? "split" : "side");
+    });
+    const split = $("split");
+    split.addEventListener("input", () => $("stage").style.setProperty("--split", `${split.value}%`));
+    $("mirror").addEventListener("change", () => this.#applyMirror());
+    $("snapshot").addEventListener("click", () => this.#snapshot());
+    $("fullscreen").addEventListener("click", () => this.#fullscreen());
+  }
+
+  /** @param {"side" | "split" | "only"} view */
+  setView(view) {
+    document.body.dataset.view = view;
+    for (const button of document.querySelectorAll("[data-set-view]")) {
+      button.setAttribute("aria-pressed", String(button.dataset.setView === view));
+    }
+  }
+
+  /** A person expects a mirror, a screen or a film its own way round. */
+  #applyMirror() {
+    const kind = this.#session.source?.kind ?? "camera";
+    $("stage").classList.toggle("mirrored", kind === "camera" && $("mirror").checked);
+    $("mirror").closest(".switch").hidden = kind !== "camera";
+  }
+
+  #snapshot() {
+    const video = $("restyled");
+    if (!video.videoWidth) return;
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+    const pen = canvas.getContext("2d");
+    if ($("stage").classList.contains("mirrored")) pen.setTransform(-1, 0, 0, 1, canvas.width, 0);
+    pen.drawImage(video, 0, 0);
+    const link = document.createElement("a");
+    link.download = `livebrush-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}.png`;
+    link.href = canvas.toDataURL("image/png");
+    link.click();
+  }
+
+  #fullscreen() {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else $("stage").requestFullscreen?.();
+  }
+
+  #onKey(event) {
+    const typing = event.target.matches("input[type=text], textarea, select");
+    if (typing && event.key === "Escape") event.target.blur();
+    if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "/") {
+      event.preventDefault();
+      $("prompt").focus();
+      $("prompt").select();
+    } else if (event.key.toLowerCase() === "o") this.#toggleBypass();
+    else if (event.key.toLowerCase() === "f") this.#fullscreen();
+    else if (this.#styles[Number(event.key) - 1]) this.#apply({ prompt: this.#styles[Number(event.key) - 1].prompt });
+  }
+
+  /** Before the start: whether the model is ready, so that nobody waits without knowing. */
+  async showReadiness() {
+    const readiness = await readReadiness();
+    const text = !readiness ? "The server does not answer." : readiness.ready ? "The model is ready."
+      : readiness.stage === "failed" ? `The model failed to load: ${readiness.detail}`
+        : `The model is loading: ${readiness.percent} %. You can start already.`;
+    setText($("ready"), text);
+    if (!readiness?.ready) setTimeout(() => this.showReadiness(), READY_POLL_MS);
+  }
+}
+
+/** Text is only touched where it changes: screen readers announce every touch of a live region. */
+function setText(element, text) {
+  if (element.textContent !== String(text)) element.textContent = text;
+}
+
+/** A style's thumbnail; a colour of its own where there is none. */
+function picture(style) {
+  const image = document.createElement("img");
+  Object.assign(image, { alt: "", width: 256, height: 256, decoding: "async" });
+  const hue = [...style.id].reduce((sum, letter) => (sum * 31 + letter.charCodeAt(0)) % 360, 7);
+  image.style.setProperty("--hue", hue);
+  image.addEventListener("error", () => image.classList.add("missing"));
+  if (style.thumbnail) image.src = style.thumbnail;
+  else image.classList.add("missing");
+  return image;
+}
+
+/** "24 fps · 310 ms camera to screen · 99.8 % on time · limited by: CPU" */
+function verdict(stats) {
+  if (stats.fps === null) return stats.state === "idle" || stats.state === "stopped" ? "No picture yet" : "Measuring…";
+  const parts = [`${Math.round(stats.fps)} fps`];
+  if (stats.latency_p50_ms !== null) parts.push(`${Math.round(stats.latency_p50_ms)} ms camera to screen`);
+  if (stats.on_time !== null) parts.push(`${percent(stats.on_time)} on time`);
+  if (LIMITS[stats.limited_by]) parts.push(`limited by: ${LIMITS[stats.limited_by]}`);
+  return parts.join(" · ");
+}
+
+function verdictTone(stats) {
+  if (stats.fps === null || stats.state !== "live") return "idle";
+  const slow = stats.agreed_fps && stats.fps < 0.85 * stats.agreed_fps;
+  return slow || stats.on_time < 0.95 ? "bad" : "good";
+}
+
+function percent(share) {
+  const value = share * 100;
+  return `${value >= 99.95 ? "100" : value.toFixed(1)} %`;
+}
+
+/** The legs of a frame's way in order, in ms; they add up to the mean from camera to screen. */
+function legsOf(budget, server) {
+  if (!budget) return null;
+  const engine = Math.min(server?.engine_ms_p50 ?? 0, budget.server);
+  const queue = Math.min(server?.queue_ms_p50 ?? 0, budget.server - engine);
+  const legs = { ...budget, engine, queue, spread: budget.server - engine - queue };
+  return LEGS.map(([name, title, what]) => [name, legs[name], title, what]);
+}
+
+function budgetRows(legs) {
+  if (!legs) return [row("", "Nothing measured yet", "", "")];
+  const total = legs.reduce((sum, [, ms]) => sum + ms, 0);
+  const rows = legs.map(([name, ms, title, what]) => row(name, title, what, `${Math.round(ms)} ms`));
+  return [...rows, row("total", "Camera to screen", "mean of the last 10 s", `${Math.round(total)} ms`)];
+}
+
+function row(name, title, what, value) {
+  const line = document.createElement("tr");
+  line.className = name;
+  const head = document.createElement("th");
+  head.scope = "row";
+  head.append(Object.assign(document.createElement("i"), { className: `leg ${name}` }), title);
+  const cells = [what, value].map((text) => Object.assign(document.createElement("td"), { textContent: text }));
+  line.append(head, ...cells);
+  return line;
+}
+
+function facts(stats, connection, server) {
+  const ms = (value) => (value === null || value === undefined ? "–" : `${Math.round(value)} ms`);
+  const dropped = Object.entries(server?.dropped ?? {}).map(([reason, count]) => `${reason} ${count}`).join(", ");
+  const media = connection?.media;
+  const list = [
+    ["95 of 100 frames within", ms(stats.latency_p95_ms)],
+    ["Click to first painted picture", ms(stats.click_to_picture_ms)],
+    ["Offer to first painted frame", ms(stats.ttff_ms)],
+    ["Agreed rate", stats.agreed_fps ? `${stats.agreed_fps} fps` : "–"],
+    ["Frames shown", stats.frames_shown],
+    ["Frames dropped", dropped || "none"],
+    ["Camera sent as", media?.sent ? `${media.sent} ${media.codec}` : "–"],
+    ["Held back by", media?.heldBy && media.heldBy !== "none" ? media.heldBy : "nothing"],
+    ["Round trip", ms(connection?.clock.rttMs)],
+    ["Sessions on this server", server?.sessions ?? "–"],
+  ];
+  return list.flatMap(([name, value]) => [
+    Object.assign(document.createElement("dt"), { textContent: name }),
+    Object.assign(document.createElement("dd"), { textContent: String(value) }),
+  ]);
+}
