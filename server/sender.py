@@ -80,6 +80,7 @@ class VideoSender(RTCRtpSender):
         if not payloads:
             self._counters["encoder_skipped"] += 1
             return None
+        self._policy.sent(8 * sum(map(len, payloads)), now)
         self._counters["frames_sent"] += 1
         self._on_the_wire = released
         return RTCEncodedFrame(payloads, released.ticks & 0xFFFFFFFF, 0)
@@ -92,7 +93,7 @@ class VideoSender(RTCRtpSender):
                 self._counters["rtcp_malformed"] += 1
                 return
             if self._ssrc in sources:
-                self._policy.report(bitrate)
+                self._policy.report(bitrate, time.monotonic())
             return
         if isinstance(packet, RtcpRtpfbPacket) and packet.fmt == RTCP_RTPFB_NACK:
             # One report may list six thousand packets, or one a thousand times; there are 128 to repeat.

@@ -65,20 +65,53 @@ def test_bitrate_begins_at_the_honest_start_within_its_bounds() -> None:
     ],
 )
 def test_bitrate_moves_in_coarse_steps(estimate: int, after_s: float, bitrate: int) -> None:
-    policy = BitratePolicy(1000, 300, 4000)
-    policy.bitrate(0.0)
-    policy.report(estimate)
+    policy = busy_policy(1000)
+    policy.report(1000, -1.0)
+    policy.report(estimate, 0.0)
     assert policy.bitrate(after_s) == bitrate
+
+
+def busy_policy(sent: int) -> BitratePolicy:
+    """A policy at 1000 bit/s, of 300 to 4000, with `sent` bit/s on the wire."""
+    policy = BitratePolicy(1000, 300, 4000)
+    policy.sent(sent, -2.0)
+    policy.sent(0, -1.0)
+    policy.bitrate(0.0)
+    return policy
+
+
+def test_calm_scene_does_not_lower_the_bitrate() -> None:
+    policy = busy_policy(200)
+    for second in range(30):
+        policy.report(310, float(second))  # 1.5 times what comes, as receivers bound it
+        assert policy.bitrate(float(second)) == 1000
+
+
+def test_estimate_that_lags_behind_a_livelier_scene_is_waited_for_while_it_rises() -> None:
+    policy = busy_policy(1000)
+    for second in range(15):
+        policy.report(round(320 * 1.08**second), float(second))
+        assert policy.bitrate(float(second)) == 1000
+
+
+def test_low_estimate_that_does_not_rise_is_followed() -> None:
+    policy = busy_policy(1000)
+    used: list[int] = []
+    for second in range(6):
+        policy.report(320, float(second))
+        used.append(policy.bitrate(float(second)))
+    assert used == [1000, 1000, 320, 320, 320, 320]
 
 
 def test_steady_rise_rebuilds_the_encoder_every_few_seconds_only() -> None:
     policy, used = BitratePolicy(500_000, 300_000, 4_000_000), []
     for step in range(24 * 30):
         now = step / 24
-        policy.report(round(500_000 * 1.08**now))
+        policy.sent(used[-1] // 24 if used else 0, now)
+        policy.report(round(500_000 * 1.08**now), now)
         used.append(policy.bitrate(now))
     assert 4 <= len(set(used)) <= 11
-    assert used[-1] > 3_000_000
+    assert used == sorted(used) and used[-1] > 3_000_000
 
 
 def moving(number: int, size: tuple[int, int] = (128, 128)) -> np.ndarray[Any, np.dtype[np.uint8]]:
