@@ -33,11 +33,11 @@ CONTAINERS = {
     ".mkv": ("matroska", ("libx264",)),
     ".webm": ("webm", ("libvpx-vp9", "libvpx")),
 }
-# "fast" keeps up with the engine on the core beside it; crf 18 and 24 are visually lossless for each codec.
+# Presets that keep up with the engine from the core beside it; the crf values are visually lossless for each codec.
 ENCODER_OPTIONS = {
-    "libx264": {"crf": "18", "preset": "fast"},
-    "libvpx-vp9": {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"},
-    "libvpx": {"crf": "10", "b": "4M", "deadline": "good", "cpu-used": "4"},
+    "libx264": {"crf": "18", "preset": "veryfast"},
+    "libvpx-vp9": {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"},
+    "libvpx": {"crf": "10", "b": "4M", "deadline": "realtime", "cpu-used": "6"},
 }
 FALLBACK_RATE = Fraction(30)
 # Untagged video of this height and over is BT.709 by convention, below it BT.601.
