@@ -52,7 +52,8 @@ from server.settings import MediaSettings
 TICK_S = 0.008
 SOURCE_SILENT_S = 1.0
 MAX_DECODE_ERRORS = 20
-MAX_QUEUED = {"video": 8, "audio": 50}
+# Video: a hole of 150 ms releases five frames at once at 30 fps; the rest is for a decoder that was held up.
+MAX_QUEUED = {"video": 12, "audio": 50}
 
 
 class MediaReceiver:

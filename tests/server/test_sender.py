@@ -104,7 +104,8 @@ def test_low_estimate_that_does_not_rise_is_followed() -> None:
 
 
 def test_steady_rise_rebuilds_the_encoder_every_few_seconds_only() -> None:
-    policy, used = BitratePolicy(500_000, 300_000, 4_000_000), []
+    policy = BitratePolicy(500_000, 300_000, 4_000_000)
+    used: list[int] = []
     for step in range(24 * 30):
         now = step / 24
         policy.sent(used[-1] // 24 if used else 0, now)
