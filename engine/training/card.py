@@ -39,7 +39,7 @@ it, so no other model's licence or bias comes with its styles.
 ## Training time really spent
 Two shared CPU cores, float32, one thread each, at the lowest priority beside other work; wall-clock minutes.
 
-"""
+"""  # noqa: E501
 
 _LIMITS = """
 ## Limits
@@ -53,7 +53,7 @@ _LIMITS = """
 
 ## Rebuilding
 `python -m engine.training.run --people ../shared/data` (see `engine/training/DATA.md`).
-"""
+"""  # noqa: E501
 
 _COLUMNS = {
     "psnr_db": "model to teacher, dB",
@@ -87,7 +87,7 @@ def _measured(figures: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
         "",
         "## Measured",
-        f"Mean over {clips} held-out clips of 13 frames (people, backgrounds and prompts marked unseen were not trained on),",
+        f"Mean over {clips} held-out clips of 13 frames (people, backgrounds and unseen phrases were not trained on),",
         "one step a chunk. Warp error: mean absolute difference of a frame to its flow-moved predecessor, 0 to 255.",
         "Style right: share of clips whose last frame is nearest to the teacher asked for, of all 16.",
         "",

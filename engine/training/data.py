@@ -29,6 +29,7 @@ SIZE_PX = 256
 CLIPS_PER_SHARD = 8
 STYLES_PER_CLIP = 4
 VALIDATION_SEED = 9_000
+PORTRAITS_PER_HELD_OUT = 8
 HELD_OUT_CLIPS = frozenset({"school", "walk", "head-pose-face-detection-female-and-male"})
 STYLES = tuple(TEACHERS)  # a style's number in the shards is its place here; 0 is the plain photo
 # contours and strokes take longest to learn and are drawn more often; a colour map is learnt at once
@@ -55,6 +56,12 @@ class Shard:
     clean: Picture
     styled: Picture
     styles: NDArray[np.int64]
+
+    def versions(self, clip: int, style: int) -> list[Picture]:
+        """A clip in one style, where the shard holds it; style 0 is the plain clip."""
+        if style == 0:
+            return [self.clean[clip]]
+        return [self.styled[clip, k] for k in np.flatnonzero(self.styles[clip] == style)]
 
     def save(self, path: Path) -> None:
         """Write the file in one step: a reader sees all of it or none."""
@@ -83,12 +90,17 @@ def load_material(people: Path, *, validation: bool) -> Material:
     videos = sorted(path for path in (people / "webcam").glob("*") if path.suffix in {".mkv", ".gif", ".mp4"})
     if not portraits or not videos:
         raise FileNotFoundError(f"{people} must hold portraits/*.jpg and webcam/*.mkv (see engine/training/DATA.md)")
-    faces = [path for i, path in enumerate(portraits) if (i % 8 == 0) == validation]
+    faces = [path for i, path in enumerate(portraits) if (i % PORTRAITS_PER_HELD_OUT == 0) == validation]
     rooms = [path for i, path in enumerate(_package_pictures()) if (i % 9 == 0) == validation]
     chosen = [path for path in videos if (path.stem in HELD_OUT_CLIPS) == validation]
     return Material(
         [_read(path) for path in faces], [_read(path) for path in rooms], [_read_clip(path) for path in chosen]
     )
+
+
+def held_out_portraits(people: Path) -> list[Path]:
+    """The portraits that are never trained on."""
+    return sorted((people / "portraits").glob("*.jpg"))[::PORTRAITS_PER_HELD_OUT]
 
 
 def _package_pictures() -> list[Path]:

@@ -124,6 +124,19 @@ def save_sheets(model: Model, work: Path, clips: list[int]) -> None:
         cv2.imwrite(str(work / f"sheet_{clip}.png"), np.concatenate(padded)[..., ::-1])
 
 
+def evaluate(work: Path, folder: Path, *, clips: int, sheets: list[int]) -> dict[str, dict[str, float]]:
+    """Draw contact sheets, measure (0 clips: not), keep the figures in `work` and put them into the model card."""
+    cv2.setNumThreads(1)
+    model = load_model(folder, "cpu")
+    save_sheets(model, work, sheets)
+    if not clips:
+        return {}
+    figures = measure(model, work, clips)
+    (work / "evaluation.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    rewrite_card(work, folder)
+    return figures
+
+
 def main() -> None:
     """Command line of this stage."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,14 +146,8 @@ def main() -> None:
     parser.add_argument("--sheets", type=int, nargs="*", default=[0, 1], help="held-out clips to draw sheets of")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    model = load_model(args.model, "cpu")
-    save_sheets(model, args.work, args.sheets)
-    if args.clips:
-        figures = measure(model, args.work, args.clips)
-        (args.work / "evaluation.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-        rewrite_card(args.work, args.model)
-        print(json.dumps(figures["mean"], indent=2))
+    figures = evaluate(args.work, args.model, clips=args.clips, sheets=args.sheets)
+    print(json.dumps(figures.get("mean", {}), indent=2))
 
 
 if __name__ == "__main__":

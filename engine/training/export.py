@@ -15,6 +15,7 @@ from engine.training.budget import load_checkpoint
 from engine.training.card import model_card
 from engine.training.latents import load_vae
 from engine.training.phrases import STYLES
+from engine.training.phrases import Style as TrainingStyle
 from engine.training.text_table import build as build_text_table
 from engine.training.train_transformer import averaged_weights
 from engine.wan.presets import LIVEBRUSH_TINY
@@ -44,8 +45,18 @@ def export(work: Path, folder: Path) -> ModelConfig:
         transformer=transformer,
         vae=load_vae(work),
         text=build_text_table(work),
-        styles=[Style(id=style.id, name=style.name, prompt=style.prompt, phrases=style.phrases) for style in STYLES],
+        styles=[_listed(style) for style in STYLES],
         card=model_card(read_evaluation(work), training_minutes(work)),
+    )
+
+
+def _listed(style: TrainingStyle) -> Style:
+    return Style(
+        id=style.id,
+        name=style.name,
+        prompt=style.prompt,
+        phrases=style.phrases[1:],
+        thumbnail=f"/styles/{style.id}.jpg",
     )
 
 

@@ -34,8 +34,12 @@ class LatentSampler:
         self._text = text
         self._rng = np.random.default_rng(seed)
 
-    def draw(self, count: int, side: int) -> Batch:
-        """`count` crops of side x side latents (even numbers), all with as many frames as the first shard drawn."""
+    def draw(self, count: int, side: int, *, single: bool = False) -> Batch:
+        """`count` crops of side x side latents (even numbers).
+
+        Args:
+            single: one latent frame from anywhere in the clip; else whole clips, all as long as the first one drawn.
+        """
         rng = self._rng
         frames = self._shards[int(rng.integers(len(self._shards)))].frames
         shards = [shard for shard in self._shards if shard.frames == frames]
@@ -45,7 +49,9 @@ class LatentSampler:
         for _ in range(count):
             shard = shards[int(rng.integers(len(shards)))]
             source, target, style = self._pair(shard)
-            crop = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
+            first = int(rng.integers(frames)) if single else 0
+            time = slice(first, first + 1) if single else slice(frames)
+            crop = (time, slice(None), slice(top, top + side), slice(left, left + side))
             encoded = self._text.encode(random_prompt(STYLES[style], rng))
             sources.append(source[crop].float())
             targets.append(target[crop].float())

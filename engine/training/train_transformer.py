@@ -38,7 +38,11 @@ WHOLE_SHARE = 0.12
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between the two stages."""
+    """What differs between the two stages.
+
+    Frames of a clip are alike: batches of single frames show three times as many pictures at the same cost, and
+    whole clips teach what time adds.
+    """
 
     number: int
     batch: int
@@ -46,11 +50,12 @@ class Stage:
     muon_rate: float
     adam_rate: float
     hold: float
+    single_share: float
 
 
 STAGES = {
-    1: Stage(1, batch=12, whole_batch=3, muon_rate=0.012, adam_rate=3e-3, hold=0.6),
-    2: Stage(2, batch=6, whole_batch=2, muon_rate=0.004, adam_rate=1e-3, hold=0.3),
+    1: Stage(1, batch=12, whole_batch=3, muon_rate=0.012, adam_rate=3e-3, hold=0.6, single_share=0.6),
+    2: Stage(2, batch=6, whole_batch=2, muon_rate=0.004, adam_rate=1e-3, hold=0.3, single_share=0.0),
 }
 
 
@@ -149,9 +154,10 @@ class Trainer:
         return float(loss.detach())
 
     def draw(self) -> Batch:
-        """A batch: mostly crops, sometimes whole pictures."""
-        whole = torch.rand(()) < WHOLE_SHARE
-        batch = self.sampler.draw(self.stage.whole_batch if whole else self.stage.batch, WHOLE if whole else SMALL)
+        """A batch: mostly crops, sometimes whole pictures; in stage 1 often of one latent frame."""
+        whole, single = bool(torch.rand(()) < WHOLE_SHARE), bool(torch.rand(()) < self.stage.single_share)
+        count = (self.stage.whole_batch if whole else self.stage.batch) * (3 if single else 1)
+        batch = self.sampler.draw(count, WHOLE if whole else SMALL, single=single)
         self.samples += len(batch.mean)
         return batch
 

@@ -99,14 +99,14 @@ def psnr_by_style(vae: TinyVAE, work: Path, clips: int = 8) -> dict[str, float]:
     result: dict[str, float] = {}
     with torch.inference_mode():
         for number, style in enumerate(STYLES):
+            drawn = [clip for i in range(min(clips, len(shard.clean))) for clip in shard.versions(i, number)]
             errors = []
-            for i in range(min(clips, len(shard.clean))):
-                where = np.flatnonzero(shard.styles[i] == number)
-                clip = shard.styled[i, where[0]] if number else shard.clean[i]
-                x = to_tensor(clip[None, :9])
+            for clip in drawn:
+                x = to_tensor(clip[None, :FRAMES])
                 y = decode_clip(vae, vae.encode(x, VAEState())[0]).clamp(-1, 1)
                 errors.append(float(functional.mse_loss(y, x)) / 4)
-            result[style] = round(-10 * float(np.log10(np.mean(errors))), 1)
+            if errors:
+                result[style] = round(-10 * float(np.log10(np.mean(errors))), 1)
     return result
 
 

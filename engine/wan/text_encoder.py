@@ -148,6 +148,7 @@ class Style(BaseModel):
     name: str = Field(min_length=1, description="for people")
     prompt: str = Field(description="the phrase that a tile sends")
     phrases: tuple[str, ...] = Field(default=(), description="other ways to ask for it")
+    thumbnail: str = Field(default="", description="path of its picture on the page, such as /styles/neon.jpg")
 
 
 class StyleIndex:
