@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from server.settings import ServerSettings
 
 ENVIRONMENT_PREFIX = "LIVEBRUSH_"
+# Names with the prefix that are no settings: the browser that the tests drive.
+OTHER_VARIABLES = {"LIVEBRUSH_CHROMIUM"}
 SettingPath = tuple[str, ...]
 
 
@@ -95,7 +97,7 @@ def _leaves(
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[SettingPath, str, object]]:
     for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_VARIABLES:
             path = tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
             # Lists are the one kind that plain text cannot say: LIVEBRUSH_MEDIA__ICE_SERVERS='["stun:a", "stun:b"]'.
             value: object = text

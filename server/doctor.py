@@ -40,7 +40,7 @@ PROBE_TIMEOUT_S = 60.0
 NEEDED_BYTES = 1 << 30
 COMFORTABLE_BYTES = 2 << 30
 BUSY_SHARE = 0.5
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CODECS = {"libvpx": "WebRTC's VP8", "libx264": "WebRTC's H.264 and .mp4", "libopus": "sound", "libvpx-vp9": ".webm"}
 REINSTALL = "run `make run`, or .venv/bin/pip install -e ."
 TORCH_PROBE = (
@@ -289,7 +289,8 @@ def check_codecs() -> Finding:
 
 def check_browser() -> Finding:
     """Chromium, which only the tests need."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    wanted = os.environ.get("LIVEBRUSH_CHROMIUM")
+    found = next((path for name in ((wanted,) if wanted else BROWSERS) if (path := shutil.which(name))), None)
     if found is None:
         return Finding("chromium", Level.WARNING, "not found; only `make test` needs it", "apt-get install chromium")
     return Finding("chromium", Level.OK, found)

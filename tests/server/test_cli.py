@@ -199,6 +199,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         "LIVEBRUSH_PORT": "2000",
         "LIVEBRUSH_ENGINE__WIDTH": "192",
         "LIVEBRUSH_MEDIA__ICE_SERVERS": '["stun:a", "stun:b"]',
+        "LIVEBRUSH_CHROMIUM": "/usr/bin/chromium",
         "HOME": "/root",
     }
     settings = load_settings(config, environment, {("port",): ("--port", 3000)})
