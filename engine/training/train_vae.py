@@ -110,7 +110,7 @@ def psnr_by_style(vae: TinyVAE, work: Path, clips: int = 8) -> dict[str, float]:
     return result
 
 
-def train(work: Path, minutes: float, seed: int = 0) -> TinyVAE:
+def train(work: Path, minutes: float, seed: int = 0, pca_crops: int = 200) -> TinyVAE:
     """Solve the projection (once), then train the decoder until the budget is spent; goes on from a checkpoint."""
     torch.manual_seed(seed)
     path, journal = work / "vae.pt", work / "vae.log"
@@ -121,7 +121,7 @@ def train(work: Path, minutes: float, seed: int = 0) -> TinyVAE:
     if state:
         vae.load_state_dict(state["vae"])
     else:
-        vae.fit_pca(torch.cat([pool.draw(2, 128) for _ in range(100)]))
+        vae.fit_pca(torch.cat([pool.draw(2, 128) for _ in range(pca_crops // 2)]))
         log(journal, f"projection alone, dB: {psnr_by_style(vae, work)}")
     vae.project.requires_grad_(False)
     vae.unproject.requires_grad_(False)

@@ -53,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table, scale = compress(vectors)
     text = StaticTextEncoder(torch.from_numpy(table), torch.from_numpy(scale), VOCABULARY, LIVEBRUSH_TINY.text_len)
     save_file(text.to_tensors(), folder / "text.safetensors")
-    train_vae.train(folder, minutes=0.02)
+    train_vae.train(folder, minutes=0.02, pca_crops=8)
     latents.encode_shards(folder)
     return folder
 
