@@ -49,7 +49,6 @@ export class Ui {
   /** @param {import("./session.js").LiveSession} session */
   constructor(session) {
     this.#session = session;
-    $("restyled").srcObject = this.#remote;
     this.#bindSession();
     this.#bindSources();
     this.#bindStyle();
@@ -79,6 +78,8 @@ export class Ui {
     }
     for (const old of this.#remote.getTracks()) this.#remote.removeTrack(old);
     this.#remote.addTrack(track);
+    // Not before there is a track: an empty stream would hold back the page's load event.
+    $("restyled").srcObject ??= this.#remote;
     this.#watchFrames();
   }
 
