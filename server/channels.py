@@ -107,7 +107,7 @@ class Channels:
             self.send("control", json.dumps({"v": 1, "type": "error", "code": code, "message": message}))
 
 
-def walled(handler: Callable[[T], None], counters: Counter[str]) -> Callable[[T], None]:
+def walled(handler: Callable[[T], object], counters: Counter[str]) -> Callable[[T], None]:
     """Return a handler that counts what it raises."""
 
     def safe(argument: T) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCRtpSe
 from aiortc.mediastreams import AudioStreamTrack, MediaStreamTrack, VideoStreamTrack
 from aiortc.rtp import RtpPacket
 
+from server.channels import MAX_BAD_MESSAGES, walled
 from server.errors import ServerError
 from server.peer import FrameMark, OutgoingFrame, Peer, answer_offer
 from server.rtp_receiver import MediaReceiver
@@ -272,6 +274,21 @@ async def test_bad_messages_and_channels_do_no_harm() -> None:
         await frame_of(peer)
 
 
+async def test_control_channel_of_a_peer_that_only_sends_rubbish_is_closed() -> None:
+    async with connected() as (peer, client):
+        await client.opened()
+        for _ in range(MAX_BAD_MESSAGES + 1):
+            client.control.send(b"rubbish")
+        await until(lambda: client.control.readyState == "closed")
+        await frame_of(peer)
+
+
+def test_nothing_escapes_a_walled_handler() -> None:
+    counters: Counter[str] = Counter()
+    walled(int, counters)("no number")
+    assert counters["handler_errors"] == 1
+
+
 async def test_messages_go_both_ways_early_control_is_kept_and_early_telemetry_counted() -> None:
     async with connected() as (peer, client):
         peer.send_telemetry("too early")
@@ -308,11 +325,11 @@ async def test_offer_that_never_connects_is_given_up() -> None:
     client = Client()
     offer = await client.offer()
     try:
-        before = open_files()
+        before, tasks = open_files(), asyncio.all_tasks()
         async with answer_offer(offer, MediaSettings(connect_timeout_s=0.3)) as peer:
             assert await asyncio.wait_for(peer.wait_until_gone(), PATIENCE_S) == "never_connected"
-            assert open_files() > before
-        assert open_files() == before
+            assert open_files() > before and asyncio.all_tasks() - tasks
+        assert open_files() == before and not asyncio.all_tasks() - tasks
     finally:
         await client.connection.close()
 
