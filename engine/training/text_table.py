@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -51,6 +50,8 @@ def read_vocabulary(tokenizer_json: Path) -> list[str]:
 
 def sentence_vectors(model: Path, vocabulary: list[str]) -> NDArray[np.float32]:
     """The encoder's mean-pooled, unit-length answer to every piece on its own [V, 384]."""
+    import onnxruntime as ort  # of the extra "train", which tests do without
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
