@@ -3,7 +3,6 @@
 
 const CLOCK_WINDOW_MS = 30_000;
 const KEEP_MS = 120_000;
-const FPS_WINDOW_MS = 2_000;
 const MAX_UNMATCHED = 600;
 // aiortc may round a timestamp by one 90 kHz tick when it re-bases VP8.
 const RTP_SLACK = [0, 1, -1];
@@ -67,7 +66,7 @@ export class FrameMeter {
   #framesShown = 0;
   #restyledShown = 0;
   #firstRestyledAt = null;
-  #largestGapMs = 0;
+  #lastIndex = null;
   #clock;
   #encodeMs = 0;
 
@@ -98,11 +97,15 @@ export class FrameMeter {
     return this.#firstRestyledAt;
   }
 
-  /** Longest time between two shown frames since the last call. */
-  takeLargestGapMs() {
-    const gap = this.#largestGapMs;
-    this.#largestGapMs = 0;
-    return gap;
+  /** Server's index of the newest frame that is known to have been shown, or null. */
+  get lastIndex() {
+    return this.#lastIndex;
+  }
+
+  /** Longest time between two shown frames in the last seconds, in ms; a standstill counts. */
+  largestGapMs(now, windowS) {
+    const times = this.#presented.map((shown) => shown.at).filter((at) => at > now - windowS * 1000);
+    return times.length ? Math.max(...times.map((at, i) => (times[i + 1] ?? now) - at)) : null;
   }
 
   /**
@@ -113,9 +116,8 @@ export class FrameMeter {
     const last = this.#presented.at(-1);
     if (last && metadata.presentedFrames < last.presented) this.#presented = [];
     this.#framesShown += last && metadata.presentedFrames > last.presented ? metadata.presentedFrames - last.presented : 1;
-    if (last) this.#largestGapMs = Math.max(this.#largestGapMs, now - last.at);
     this.#presented.push({ at: now, presented: metadata.presentedFrames });
-    while (this.#presented[0].at < now - FPS_WINDOW_MS) this.#presented.shift();
+    while (this.#presented[0].at < now - KEEP_MS) this.#presented.shift();
     if (metadata.rtpTimestamp === undefined) return;
     const shownAt = metadata.expectedDisplayTime ?? metadata.presentationTime;
     this.#shown.set(metadata.rtpTimestamp, { shownAt, receivedAt: metadata.receiveTime ?? shownAt });
@@ -141,6 +143,7 @@ export class FrameMeter {
     const arrivedAt = this.#clock.toPage(arrivedS);
     this.#shown.delete(rtp);
     this.#marks.delete(key);
+    this.#lastIndex = Math.max(index, this.#lastIndex ?? 0);
     if (kind === 1) {
       this.#restyledShown += 1;
       this.#firstRestyledAt ??= shown.shownAt;
@@ -162,12 +165,12 @@ export class FrameMeter {
     return true;
   }
 
-  /** Frames shown a second, over the last two seconds. @param {number} now @returns {number | null} */
-  fps(now) {
-    const recent = this.#presented;
-    if (recent.length < 2) return null;
+  /** Frames shown a second, over the last `windowMs`. @param {number} now @param {number} windowMs */
+  fps(now, windowMs) {
+    if (this.#presented.length < 2) return null;
+    const recent = this.#presented.filter((shown) => shown.at > now - windowMs);
+    if (recent.length < 2) return 0;
     const [first, last] = [recent[0], recent.at(-1)];
-    if (now - last.at > FPS_WINDOW_MS) return 0;
     // A picture that stands still counts as time without frames.
     const span = Math.max(last.at, now - 250) - first.at;
     return span > 0 ? ((last.presented - first.presented) * 1000) / span : null;

@@ -9,6 +9,7 @@ const READY_POLL_MS = 500;
 // A connection that held this long was a good one: the next loss begins the back-off anew.
 const STEADY_MS = 10_000;
 const LATENCY_WINDOW_S = 10;
+const FPS_WINDOW_S = 2;
 
 /**
  * @typedef {"idle"|"asking"|"connecting"|"loading"|"live"|"reconnecting"|"waiting"|"stopped"|"failed"} State
@@ -138,19 +139,23 @@ export class LiveSession extends EventTarget {
     }
   }
 
-  /** The verdict's figures as numbers; null where nothing is known. @param {{window_s?: number}} options */
-  stats({ window_s: windowS = LATENCY_WINDOW_S } = {}) {
+  /** The verdict's figures as numbers; null where nothing is known. 
+   * @param {{window_s?: number, fps_window_s?: number}} options over how long latency and fps are taken (at most 120)
+   */
+  stats({ window_s: windowS = LATENCY_WINDOW_S, fps_window_s: fpsWindowS = FPS_WINDOW_S } = {}) {
     const { connection, server } = this;
     const now = performance.now();
     const latency = connection?.meter.latency(now, windowS);
     return {
-      fps: connection?.meter.fps(now) ?? null,
+      fps: connection?.meter.fps(now, fpsWindowS * 1000) ?? null,
       latency_p50_ms: latency?.p50 ?? null,
       latency_p95_ms: latency?.p95 ?? null,
       on_time: server?.on_time ?? null,
       ttff_ms: server?.ttff_ms ?? null,
       click_to_picture_ms: this.clickToPictureMs,
       state: this.state,
+      frame_index: connection?.meter.lastIndex ?? null,
+      largest_gap_ms: connection?.meter.largestGapMs(now, windowS) ?? null,
       frames_shown: connection?.meter.framesShown ?? 0,
       restyled_shown: connection?.meter.restyledShown ?? 0,
       session: connection?.session ?? null,

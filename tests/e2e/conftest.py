@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext
+
+from tests.e2e.chromium import chromium, write_fake_camera
+from tests.e2e.serving import Server, has_model
+
+
+@pytest.fixture(scope="session")
+def camera_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_camera(tmp_path_factory.mktemp("camera") / "people.y4m")
+
+
+@pytest.fixture(scope="module")
+def browser(camera_file: Path) -> Iterator[Browser]:
+    with chromium(camera=camera_file) as running:
+        yield running
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    opened = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera", "microphone"])
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server as users start it; with the stand-in engine only where the model's weights are not built yet."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with Server(log, engine="local" if has_model() else "fake") as running:
+        yield running

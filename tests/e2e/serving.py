@@ -1,0 +1,113 @@
+"""The server as users start it: the console script in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from engine.config import EngineSettings
+
+SCRIPT = Path(sys.executable).with_name("livebrush")
+STOP_TIMEOUT_S = 20
+
+
+def has_model() -> bool:
+    """Whether the default model's weights are here."""
+    try:
+        return (EngineSettings().model_dir / "model.safetensors").is_file()
+    except FileNotFoundError:
+        return False
+
+
+class Server:
+    """`livebrush serve` on loopback, from entering the context to leaving it."""
+
+    def __init__(
+        self, log: Path, *, engine: str, port: int = 0, options: tuple[str, ...] = (), **settings: str
+    ) -> None:
+        self.url = ""
+        self.port = port
+        self._log = log
+        self._command = [str(SCRIPT), "serve", "--engine", engine, *options]
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process and wait for the line that names its address."""
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [*self._command, "--port", str(self.port)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+            )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        found = re.search(r"http://[\w.]+:(\d+)", line)
+        if found is None:
+            self.stop()
+            raise RuntimeError(f"the server did not start: {line!r}; {self._log.read_text()[-2000:]}")
+        self.url, self.port = found.group(0), int(found.group(1))
+
+    def stop(self) -> None:
+        """Ask the process to end; kill it when it does not."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.communicate(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            raise
+        finally:
+            self._process = None
+
+    def kill(self) -> None:
+        """End the process as a crash would: no goodbye to anybody."""
+        assert self._process is not None
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            child.kill()
+        self._process.kill()
+        self._process.communicate()
+        self._process = None
+
+    def get(self, path: str) -> str:
+        """The body of a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            body: bytes = answer.read()
+        return body.decode()
+
+    def capacity(self) -> dict[str, Any]:
+        """GET /api/v1/capacity."""
+        found: dict[str, Any] = json.loads(self.get("/api/v1/capacity"))
+        return found
+
+    def ended(self) -> dict[str, int]:
+        """Sessions ended so far, by reason."""
+        rows = re.findall(r'livebrush_sessions_ended_total\{reason="(\w+)"\} ([\d.]+)', self.get("/metrics"))
+        return {reason: int(float(count)) for reason, count in rows}
+
+    def memory_mb(self) -> float:
+        """Resident memory of the server and its rank processes, in MiB."""
+        assert self._process is not None
+        process = psutil.Process(self._process.pid)
+        family = [process, *process.children(recursive=True)]
+        return float(sum(member.memory_info().rss for member in family)) / 2**20
