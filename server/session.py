@@ -43,6 +43,11 @@ MAX_SOURCES = 5
 RELEASE_POLL_S = 0.25
 AUDIO_DELAY_SMOOTHING = 0.05
 
+INPUT_FAULTS = {
+    "input_too_large": "The camera picture has over {limit} pixels; choose a smaller camera resolution.",
+    "input_undecodable": "The camera picture cannot be decoded; reload the page or choose another camera.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SessionContext:
@@ -122,6 +127,10 @@ class Session:
                 continue
             rgb = await loop.run_in_executor(self._context.executor, to_rgb, frame.picture, width, height)
             self._take(rgb, frame.index, frame.arrived_at)
+        for reason, message in INPUT_FAULTS.items():
+            if peer.counters.get(reason):
+                self._notice(reason, message.format(limit=self._context.settings.media.max_input_pixels))
+                raise PeerGone(reason)
 
     def _take(self, rgb: Frames, index: int, arrived_at: float) -> None:
         stream = self._stream
