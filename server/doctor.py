@@ -7,6 +7,7 @@ asked.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -194,8 +195,9 @@ def check_memory(available_bytes: int) -> Finding:
     return Finding("memory", Level.OK, text)
 
 
+@functools.cache
 def check_torch(device: str) -> Finding:
-    """torch as the engine process will find it."""
+    """torch as the engine process will find it; asked once, for it takes seconds to load."""
     try:
         probe = subprocess.run(
             [sys.executable, "-P", "-c", TORCH_PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
