@@ -12,6 +12,7 @@ distillation follows. One process per core; they average their gradients.
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,8 @@ def train(work: Path, stage: int, minutes: float, seed: int = 0) -> None:
 def _worker(rank: int, workers: int, meeting: str, work: Path, stage: int, minutes: float, seed: int) -> None:
     torch.set_num_threads(1)
     if workers > 1:
+        # torch has the kernel send SIGINT when the parent dies; a shell's background jobs ignore it by default.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
     train(work, stage, minutes, seed)
     if workers > 1:
