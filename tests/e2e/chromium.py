@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright
 
 CLIP = Path(__file__).parents[2] / "web" / "demo" / "people.mp4"
 CAMERA_FRAMES = 150
@@ -49,7 +49,7 @@ def write_fake_camera(path: Path, *, clip: Path = CLIP, frames: int = CAMERA_FRA
 
 
 @contextmanager
-def chromium(*, camera: Path | None, allow: bool = True) -> Iterator[Browser]:
+def chromium(driver: Playwright, *, camera: Path | None, allow: bool = True) -> Iterator[Browser]:
     """A headless browser.
 
     Args:
@@ -61,12 +61,11 @@ def chromium(*, camera: Path | None, allow: bool = True) -> Iterator[Browser]:
         args += ["--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={camera}"]
     if allow:
         args.append("--use-fake-ui-for-media-stream")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium_path(), headless=True, args=args)
-        try:
-            yield browser
-        finally:
-            browser.close()
+    browser = driver.chromium.launch(executable_path=chromium_path(), headless=True, args=args)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 def figures(page: Page, **options: float) -> dict[str, Any]:

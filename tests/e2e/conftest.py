@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext
+from playwright.sync_api import Browser, BrowserContext, Playwright, sync_playwright
 
 from tests.e2e.chromium import chromium, write_fake_camera
 from tests.e2e.serving import Server, has_model
@@ -16,8 +16,15 @@ def camera_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(camera_file: Path) -> Iterator[Browser]:
-    with chromium(camera=camera_file) as running:
+def driver() -> Iterator[Playwright]:
+    # Its loop lives as long as it does: tests with loops of their own come before or after this module.
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(driver: Playwright, camera_file: Path) -> Iterator[Browser]:
+    with chromium(driver, camera=camera_file) as running:
         yield running
 
 
@@ -25,6 +32,8 @@ def browser(camera_file: Path) -> Iterator[Browser]:
 def context(browser: Browser) -> Iterator[BrowserContext]:
     opened = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera", "microphone"])
     yield opened
+    for page in opened.pages:
+        page.goto("about:blank")  # closing a context asks no page: this way each says goodbye
     opened.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Playwright, expect
 
 from tests.e2e.chromium import chromium, figures, wait_for_figures
 from tests.e2e.serving import Server
@@ -183,8 +183,10 @@ def test_a_full_server_is_waited_for_and_joined_when_a_seat_is_free(context: Bro
         wait_for_figures(second, RESTYLED)
 
 
-def test_a_refused_camera_is_told_with_its_cure_and_the_clip_still_works(camera_file: Path, server: Server) -> None:
-    with chromium(camera=camera_file, allow=False) as browser:
+def test_a_refused_camera_is_told_with_its_cure_and_the_clip_still_works(
+    driver: Playwright, camera_file: Path, server: Server
+) -> None:
+    with chromium(driver, camera=camera_file, allow=False) as browser:
         page = open_page(browser.new_context(), server)
         page.get_by_role("button", name="Start camera").click()
 
@@ -197,8 +199,8 @@ def test_a_refused_camera_is_told_with_its_cure_and_the_clip_still_works(camera_
         leave(page)
 
 
-def test_a_machine_without_a_camera_is_told_so(server: Server) -> None:
-    with chromium(camera=None) as browser:
+def test_a_machine_without_a_camera_is_told_so(driver: Playwright, server: Server) -> None:
+    with chromium(driver, camera=None) as browser:
         page = open_page(browser.new_context(), server, "?autostart=1")
 
         expect(page.get_by_role("alert")).to_contain_text("No camera found")
