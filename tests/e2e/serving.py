@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +95,14 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             body: bytes = answer.read()
         return body.decode()
+
+    def is_ready(self) -> bool:
+        """Whether the model is loaded and warm."""
+        try:
+            return bool(json.loads(self.get("/readyz"))["ready"])
+        except urllib.error.HTTPError as not_yet:
+            not_yet.close()
+            return False
 
     def capacity(self) -> dict[str, Any]:
         """GET /api/v1/capacity."""
