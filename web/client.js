@@ -3,6 +3,9 @@
 import { LiveSession } from "./session.js";
 import { Ui } from "./ui.js";
 
+// What a first visit shows, where the model has it: plainly a painting, and kind to faces.
+const FIRST_STYLE = "watercolor";
+
 async function getJson(url) {
   const response = await fetch(url);
   if (!response.ok) throw new Error(`${url}: ${response.status}`);
@@ -42,7 +45,8 @@ async function main() {
   ui.showReadiness();
   const [model] = (await getJson("/api/v1/models").catch(() => ({ models: [] }))).models;
   const styles = model?.styles ?? [];
-  await session.set({ prompt: styles[0]?.prompt ?? "", ...settings });
+  const first = styles.find((style) => style.id === FIRST_STYLE) ?? styles[0];
+  await session.set({ prompt: first?.prompt ?? "", ...settings });
   ui.setStyles(styles, model?.steps_max ?? 1);
   if (autostart) await session.start(source);
 }

@@ -421,7 +421,10 @@ function picture(style) {
   Object.assign(image, { alt: "", width: 256, height: 256, decoding: "async" });
   const hue = [...style.id].reduce((sum, letter) => (sum * 31 + letter.charCodeAt(0)) % 360, 7);
   image.style.setProperty("--hue", hue);
-  image.addEventListener("error", () => image.classList.add("missing"));
+  image.addEventListener("error", () => {
+    image.removeAttribute("src"); // no broken-picture sign
+    image.classList.add("missing");
+  });
   if (style.thumbnail) image.src = style.thumbnail;
   else image.classList.add("missing");
   return image;
