@@ -23,9 +23,11 @@ lint:  ## ruff and mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench:  ## measure this machine: rates, latency, deadline misses, TTFF
+bench:  ## measure this machine: the model by parts, then one page and two in a real Chromium
 	@scripts/setup test
-	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS); done
+	@echo "== the model"; $(BIN)/python tests/bench/bench_model.py
+	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
+	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train
