@@ -66,6 +66,6 @@ LIVEBRUSH_TINY = TransformerConfig(
     sink_frames=1,
     pooled_text=True,
     prediction="source_residual",
-    refine_channels=96,
+    refine_channels=192,
 )
 PRESETS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B, "livebrush-tiny": LIVEBRUSH_TINY}
