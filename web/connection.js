@@ -15,9 +15,9 @@ const DISCONNECTED_GRACE_MS = 3_000;
 
 /** The connection cannot be made or has ended; `code` as in the protocol, or server_gone. */
 export class ConnectionLost extends Error {
-  /** @param {string} code @param {string} message @param {{retryable?: boolean, retryAfterS?: number | null}} options */
-  constructor(code, message, { retryable = true, retryAfterS = null } = {}) {
-    super(message);
+  /** @param {string} code @param {string} message @param {{retryable?: boolean, retryAfterS?: number | null, cause?: Error}} options */
+  constructor(code, message, { retryable = true, retryAfterS = null, cause } = {}) {
+    super(message, { cause });
     this.code = code;
     this.retryable = retryable;
     this.retryAfterS = retryAfterS;
@@ -165,7 +165,7 @@ export class Connection extends EventTarget {
         signal: AbortSignal.any([this.#abort.signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]),
       });
     } catch (error) {
-      throw new ConnectionLost("server_gone", `The server does not answer. (${error.message})`);
+      throw new ConnectionLost("server_gone", "The server does not answer.", { cause: error });
     }
   }
 

@@ -44,7 +44,7 @@ export class Ui {
   #remote = new MediaStream();
   #lastKind = "camera";
   #lastFile = null;
-  #maySplitByItself = true;
+  #viewFollowsWidth = true;
 
   /** @param {import("./session.js").LiveSession} session */
   constructor(session) {
@@ -79,7 +79,7 @@ export class Ui {
     for (const old of this.#remote.getTracks()) this.#remote.removeTrack(old);
     this.#remote.addTrack(track);
     // Not before there is a track: an empty stream would hold back the page's load event.
-    $("restyled").srcObject ??= this.#remote;
+    $("restyled").srcObject = this.#remote;
     this.#watchFrames();
   }
 
@@ -129,7 +129,7 @@ export class Ui {
     const session = this.#session;
     const { state, problem, settings } = session;
     document.body.dataset.state = state;
-    if (!session.active) delete document.body.dataset.picture;
+    if (!session.active || state === "asking") delete document.body.dataset.picture;
     $("hero").hidden = session.active || Boolean(problem);
     $("stop").hidden = !session.active;
     $("problem").hidden = !problem;
@@ -148,11 +148,27 @@ export class Ui {
     setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
     setText($("steps-value"), $("steps").value);
     $("bypass").setAttribute("aria-pressed", String(session.bypass));
-    setText($("restyled-caption"), session.bypass ? "Original (painted is off)" : "Painted");
+    setText($("restyled-caption"), this.#caption());
+    this.#keepMoving();
     for (const tile of $("styles").children) {
       tile.setAttribute("aria-pressed", String(tile.dataset.prompt === settings.prompt));
     }
     this.#refresh();
+  }
+
+  #caption() {
+    const { state, bypass, connection, source } = this.#session;
+    if (bypass) return "Original (painting is off)";
+    if (state === "loading") return "Camera, until the model is ready";
+    return !connection && source ? "Camera, until the server is back" : "Painted";
+  }
+
+  /** Where the server is gone, the source itself stands in: the picture never freezes. */
+  #keepMoving() {
+    const { connection, source } = this.#session;
+    const video = $("restyled");
+    if (connection || !source || video.srcObject === $("original").srcObject) return;
+    video.srcObject = $("original").srcObject;
   }
 
   /** What changes by itself: state text, verdict, details. */
@@ -171,7 +187,7 @@ export class Ui {
   #stateText(text) {
     const { state, loadingPercent, retryAt, bypass, server } = this.#session;
     if (state === "loading") return loadingPercent === null ? text : `${text} ${loadingPercent} %`;
-    if (retryAt !== null) return `${text}, next try in ${Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))} s`;
+    if (retryAt !== null) return `${text} · again in ${Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))} s`;
     if (state === "live" && bypass) return "Live, showing the original";
     if (state === "live" && server?.state === "fading") return "Live, fading in";
     return text;
@@ -338,12 +354,12 @@ export class Ui {
   #bindPicture() {
     for (const button of document.querySelectorAll("[data-set-view]")) {
       button.addEventListener("click", () => {
-        this.#maySplitByItself = false;
+        this.#viewFollowsWidth = false;
         this.setView(button.dataset.setView);
       });
     }
     matchMedia(PHONE).addEventListener("change", ({ matches }) => {
-      if (this.#maySplitByItself) this.setView(matches ? "split" : "side");
+      if (this.#viewFollowsWidth) this.setView(matches ? "split" : "side");
     });
     const split = $("split");
     split.addEventListener("input", () => $("stage").style.setProperty("--split", `${split.value}%`));
@@ -417,22 +433,21 @@ function setText(element, text) {
 
 /** A style's thumbnail; a colour of its own where there is none. */
 function picture(style) {
-  const image = document.createElement("img");
-  Object.assign(image, { alt: "", width: 256, height: 256, decoding: "async" });
+  const swatch = document.createElement("i");
+  swatch.className = "swatch";
   const hue = [...style.id].reduce((sum, letter) => (sum * 31 + letter.charCodeAt(0)) % 360, 7);
-  image.style.setProperty("--hue", hue);
-  image.addEventListener("error", () => {
-    image.removeAttribute("src"); // no broken-picture sign
-    image.classList.add("missing");
-  });
-  if (style.thumbnail) image.src = style.thumbnail;
-  else image.classList.add("missing");
+  swatch.style.setProperty("--hue", hue);
+  if (!style.thumbnail) return swatch;
+  const image = document.createElement("img");
+  Object.assign(image, { alt: "", width: 256, height: 256, decoding: "async", src: style.thumbnail });
+  image.addEventListener("error", () => image.replaceWith(swatch));
   return image;
 }
 
 /** "24 fps · 310 ms camera to screen · 99.8 % on time · limited by: CPU" */
 function verdict(stats) {
-  if (stats.fps === null) return stats.state === "idle" || stats.state === "stopped" ? "No picture yet" : "Measuring…";
+  if (["idle", "stopped", "failed"].includes(stats.state)) return "No picture yet";
+  if (stats.fps === null) return "Measuring…";
   const parts = [`${Math.round(stats.fps)} fps`];
   if (stats.latency_p50_ms !== null) parts.push(`${Math.round(stats.latency_p50_ms)} ms camera to screen`);
   if (stats.on_time !== null) parts.push(`${percent(stats.on_time)} on time`);

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,17 +29,32 @@ def browser(driver: Playwright, camera_file: Path) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    opened = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera", "microphone"])
-    yield opened
-    for page in opened.pages:
-        page.goto("about:blank")  # closing a context asks no page: this way each says goodbye
-    opened.close()
+def windows(browser: Browser) -> Iterator[Callable[[], BrowserContext]]:
+    """Makes windows whose pages say goodbye when the test is over, however it ends."""
+    opened: list[BrowserContext] = []
+
+    def open_window() -> BrowserContext:
+        opened.append(
+            browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera", "microphone"])
+        )
+        return opened[-1]
+
+    yield open_window
+    for window in opened:
+        for page in window.pages:
+            page.goto("about:blank")
+        window.close()
+
+
+@pytest.fixture
+def context(windows: Callable[[], BrowserContext]) -> BrowserContext:
+    return windows()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server as users start it; with the stand-in engine only where the model's weights are not built yet."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(log, engine="local" if has_model() else "fake") as running:
+    # However busy the machine is: a lower rate is agreed, nobody is refused.
+    with Server(log, engine="local" if has_model() else "fake", LIVEBRUSH_MIN_FPS="0.5") as running:
         yield running
