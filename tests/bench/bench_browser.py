@@ -126,11 +126,11 @@ def measure_run(browser: Browser, server: Server, seconds: float, sessions: int)
 def miss_rate(first: dict[str, Any], last: dict[str, Any]) -> float:
     """Share of the frames due between two stats messages that were dropped or late."""
 
-    def missed(stats: dict[str, Any]) -> int:
-        return int(stats["late"]) + sum(stats["dropped"].values())
+    def missed(stats: dict[str, Any]) -> float:
+        return float(stats["late"] + sum(stats["dropped"].values()))
 
     due = last["due"] - first["due"]
-    return (missed(last) - missed(first)) / due if due else 0.0
+    return (missed(last) - missed(first)) / float(due) if due else 0.0
 
 
 def table(result: dict[str, Any]) -> str:

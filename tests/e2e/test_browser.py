@@ -42,7 +42,8 @@ def open_page(context: BrowserContext, server: Server, query: str = "") -> Page:
 
 def leave(page: Page) -> None:
     """As a person who closes the tab: the page may say goodbye."""
-    page.close(run_before_unload=True)
+    with page.expect_event("close"):
+        page.close(run_before_unload=True)
 
 
 def wait_until_empty(server: Server) -> None:
