@@ -9,6 +9,9 @@ const REFRESH_MS = 500;
 const READY_POLL_MS = 1_000;
 const SEED_LIMIT = 2 ** 31;
 const HERO_TILES = 8;
+const NOTICE_MS = 8_000;
+// What a person is told in passing; the rest of the server's notices show in the state.
+const NOTICES = ["rate_changed", "engine_lost", "engine_back"];
 const PHONE = "(max-width: 760px)";
 
 const STATES = {
@@ -41,6 +44,7 @@ export class Ui {
   #promptTimer = 0;
   #sliderTimer = 0;
   #pendingSliders = {};
+  #noticeTimer = 0;
   #remote = new MediaStream();
   #lastKind = "camera";
   #lastFile = null;
@@ -116,7 +120,11 @@ export class Ui {
   }
 
   #showNotice(notice) {
-    if (notice.type === "error" || notice.code === "rate_changed") this.#note(notice.message);
+    if (notice.type === "error") this.#note(notice.message);
+    if (!NOTICES.includes(notice.code)) return;
+    clearTimeout(this.#noticeTimer);
+    setText($("notice"), notice.message);
+    this.#noticeTimer = setTimeout(() => setText($("notice"), ""), NOTICE_MS);
   }
 
   #note(text) {
