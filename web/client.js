@@ -45,6 +45,7 @@ async function main() {
   ui.showReadiness();
   const [model] = (await getJson("/api/v1/models").catch(() => ({ models: [] }))).models;
   const styles = model?.styles ?? [];
+  if (model) session.sideUsed = Math.min(...model.size.split("x").map(Number));
   const first = styles.find((style) => style.id === FIRST_STYLE) ?? styles[0];
   await session.set({ prompt: first?.prompt ?? "", ...settings });
   ui.setStyles(styles, model?.steps_max ?? 1);

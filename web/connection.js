@@ -5,6 +5,8 @@ import { ClockMap, FrameMeter, MediaProbe } from "./measure.js";
 
 const OFFER_URL = "/api/v1/webrtc/offer";
 const MAX_BITRATE = 1_500_000;
+// A little more than is used: the compressed picture is softened by scaling it down.
+const OVERSAMPLING = 1.25;
 const PING_MS = 1_000;
 const CANDIDATE_BATCH_MS = 20;
 const HTTP_TIMEOUT_MS = 15_000;
@@ -98,10 +100,24 @@ export class Connection extends EventTarget {
     return undefined;
   }
 
-  /** @param {MediaStreamTrack | null} video @param {MediaStreamTrack | null} audio */
-  async setTracks(video, audio) {
-    if (video && "contentHint" in video) video.contentHint = "motion";
+  /**
+   * @param {MediaStreamTrack} video
+   * @param {MediaStreamTrack | null} audio
+   * @param {number} sideUsed shorter side of the picture that the server works on, in pixels
+   */
+  async setTracks(video, audio, sideUsed) {
+    if ("contentHint" in video) video.contentHint = "motion";
+    await this.#sendNoLargerThan(video, sideUsed * OVERSAMPLING);
     await Promise.all([this.#video.sender.replaceTrack(video), this.#audio.sender.replaceTrack(audio)]);
+  }
+
+  /** Pixels that the server would throw away are not encoded, sent and decoded first. */
+  async #sendNoLargerThan(video, side) {
+    const { width = side, height = side } = video.getSettings();
+    const parameters = this.#video.sender.getParameters();
+    if (!parameters.encodings?.length) return;
+    parameters.encodings[0].scaleResolutionDownBy = Math.max(1, Math.min(width, height) / side);
+    await this.#video.sender.setParameters(parameters);
   }
 
   /** @param {MediaStreamTrack | null} audio */

@@ -38,6 +38,8 @@ export class LiveSession extends EventTarget {
   /** When the next attempt comes (page clock), while reconnecting or waiting. */
   retryAt = null;
   clickToPictureMs = null;
+  /** Shorter side of the model's picture, in pixels. */
+  sideUsed = 256;
   #ice;
   #clickedAt = 0;
   #attempt = 0;
@@ -212,7 +214,7 @@ export class LiveSession extends EventTarget {
   }
 
   async #giveTracks() {
-    await this.connection.setTracks(this.source.stream.getVideoTracks()[0], this.#soundTrack());
+    await this.connection.setTracks(this.source.stream.getVideoTracks()[0], this.#soundTrack(), this.sideUsed);
   }
 
   // --- connection

@@ -44,7 +44,7 @@ def main() -> int:
         browser = stack.enter_context(chromium(driver, camera=camera))
         wait_until_ready(server)
         starts = [measure_start(browser, server) for _ in range(STARTS)]
-        result = measure_run(browser, server, options.seconds, options.sessions)
+        result = measure_run(browser, server, options.seconds, options.sessions, options.picture)
     result |= {
         "engine": options.engine,
         "sessions": options.sessions,
@@ -89,7 +89,9 @@ def measure_start(browser: Browser, server: Server) -> dict[str, Any]:
     return shown
 
 
-def measure_run(browser: Browser, server: Server, seconds: float, sessions: int) -> dict[str, Any]:
+def measure_run(
+    browser: Browser, server: Server, seconds: float, sessions: int, picture: Path | None
+) -> dict[str, Any]:
     """Let `sessions` pages run side by side for `seconds` after a warm-up; the figures of the worst of them."""
     pages = [open_page(browser, server) for _ in range(sessions)]
     for page in pages:
@@ -102,6 +104,8 @@ def measure_run(browser: Browser, server: Server, seconds: float, sessions: int)
     psutil.cpu_percent()
     pages[0].wait_for_timeout(seconds * 1000)
     foreign = psutil.cpu_percent()
+    if picture is not None:
+        pages[0].screenshot(path=picture)
     after = [figures(page, window_s=seconds, fps_window_s=seconds) for page in pages]
     memory_end = server.memory_mb()
     for page in pages:
@@ -130,7 +134,8 @@ def miss_rate(first: dict[str, Any], last: dict[str, Any]) -> float:
         return float(stats["late"] + sum(stats["dropped"].values()))
 
     due = last["due"] - first["due"]
-    return (missed(last) - missed(first)) / float(due) if due else 0.0
+    # Frames that were due before the run may be late in it.
+    return min(1.0, (missed(last) - missed(first)) / float(due)) if due else 0.0
 
 
 def table(result: dict[str, Any]) -> str:
@@ -169,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sessions", type=int, default=1, help="pages at once (default: 1)")
     parser.add_argument(
         "--engine", choices=("local", "fake"), default="local" if has_model() else "fake", help="model or stand-in"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="save what the first page looks like at the end"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

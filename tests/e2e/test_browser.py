@@ -33,6 +33,23 @@ MEAN_DIFFERENCE = """() => {
 }"""
 
 
+LOUDEST = """async () => {
+  const hearing = new AudioContext();
+  const analyser = hearing.createAnalyser();
+  hearing.createMediaStreamSource(document.getElementById("audio").srcObject).connect(analyser);
+  const samples = new Float32Array(analyser.fftSize);
+  let loudest = 0;
+  // The fake microphone beeps once a second.
+  for (let turn = 0; turn < 600 && loudest < 0.01; turn += 1) {
+    await new Promise((done) => setTimeout(done, 20));
+    analyser.getFloatTimeDomainData(samples);
+    loudest = Math.max(loudest, ...samples.map(Math.abs));
+  }
+  await hearing.close();
+  return loudest;
+}"""
+
+
 def open_page(context: BrowserContext, server: Server, query: str = "") -> Page:
     page = context.new_page()
     page.set_default_timeout(60_000)
@@ -249,3 +266,14 @@ def test_show_original_and_keys(context: BrowserContext, server: Server) -> None
     page.keyboard.press("/")
 
     expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_the_microphone_comes_back_only_when_it_was_chosen(context: BrowserContext, server: Server) -> None:
+    page = open_page(context, server, "?autostart=1&source=camera")
+    wait_for_figures(page, RESTYLED)
+    assert page.locator("#audio").evaluate("audio => audio.muted")
+
+    page.get_by_text("Microphone").click()
+
+    assert page.evaluate(LOUDEST) >= 0.01
+    assert not page.locator("#audio").evaluate("audio => audio.muted")
