@@ -191,7 +191,9 @@ export class FrameMeter {
   }
 
   #recent(now, windowS) {
-    return this.#ways.filter((way) => way.shownAt > now - windowS * 1000);
+    // The camera passing through is faster than a painted picture: what is shown now counts, not what was.
+    const kind = this.#ways.at(-1)?.kind;
+    return this.#ways.filter((way) => way.kind === kind && way.shownAt > now - windowS * 1000);
   }
 }
 

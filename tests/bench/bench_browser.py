@@ -16,6 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psutil
 
@@ -44,7 +45,7 @@ def main() -> int:
         browser = stack.enter_context(chromium(driver, camera=camera))
         wait_until_ready(server)
         starts = [measure_start(browser, server) for _ in range(STARTS)]
-        result = measure_run(browser, server, options.seconds, options.sessions, options.picture)
+        result = measure_run(browser, server, options.seconds, options.sessions, options.prompt, options.picture)
     result |= {
         "engine": options.engine,
         "sessions": options.sessions,
@@ -66,11 +67,11 @@ def wait_until_ready(server: Server) -> None:
         time.sleep(0.2)
 
 
-def open_page(browser: Browser, server: Server) -> Page:
+def open_page(browser: Browser, server: Server, query: str = "") -> Page:
     """The page in a window of its own, with the camera allowed, as a person has it from the second visit on."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera"])
     page = context.new_page()
-    page.goto(server.url)
+    page.goto(f"{server.url}/{query}")
     return page
 
 
@@ -90,10 +91,11 @@ def measure_start(browser: Browser, server: Server) -> dict[str, Any]:
 
 
 def measure_run(
-    browser: Browser, server: Server, seconds: float, sessions: int, picture: Path | None
+    browser: Browser, server: Server, seconds: float, sessions: int, prompt: str | None, picture: Path | None
 ) -> dict[str, Any]:
     """Let `sessions` pages run side by side for `seconds` after a warm-up; the figures of the worst of them."""
-    pages = [open_page(browser, server) for _ in range(sessions)]
+    query = f"?{urlencode({'prompt': prompt})}" if prompt else ""
+    pages = [open_page(browser, server, query) for _ in range(sessions)]
     for page in pages:
         page.get_by_role("button", name="Start camera").click()
     for page in pages:
