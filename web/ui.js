@@ -1,6 +1,7 @@
 // The page's elements: what is pressed becomes a call on the session, what the session says becomes text and picture.
 
 import { readReadiness } from "./session.js";
+import { showDetails, verdict, verdictTone } from "./verdict.js";
 
 const PROMPT_PAUSE_MS = 700;
 const SLIDER_PERIOD_MS = 120;
@@ -25,15 +26,6 @@ const STATES = {
   stopped: ["Stopped", "idle"],
   failed: ["Not running", "bad"],
 };
-const LIMITS = { cpu: "CPU", gpu: "GPU", camera: "the camera", network: "the network" };
-const LEGS = [
-  ["uplink", "To the server", "encoding here and half the round trip"],
-  ["queue", "Waiting for the engine", "until it takes the chunk up"],
-  ["engine", "Painting", "encode, denoise, decode"],
-  ["spread", "Chunk and pacing", "collecting frames, spreading them evenly"],
-  ["downlink", "Back to the page", "encoding there and the network"],
-  ["display", "To the screen", "decoding here and the display"],
-];
 
 const $ = (id) => document.getElementById(id);
 
@@ -189,7 +181,7 @@ export class Ui {
     const stats = session.stats();
     setText($("verdict-text"), verdict(stats));
     $("verdict").dataset.tone = verdictTone(stats);
-    if ($("details").open) this.#refreshDetails(stats);
+    if ($("details").open) showDetails(stats, session.connection, session.server);
   }
 
   #stateText(text) {
@@ -199,19 +191,6 @@ export class Ui {
     if (state === "live" && bypass) return "Live, showing the original";
     if (state === "live" && server?.state === "fading") return "Live, fading in";
     return text;
-  }
-
-  #refreshDetails(stats) {
-    const { connection, server } = this.#session;
-    const legs = connection && legsOf(connection.meter.budget(performance.now(), 10), server);
-    $("budget").replaceChildren(...(legs ?? []).map(([name, ms]) => {
-      const bar = document.createElement("span");
-      bar.className = `leg ${name}`;
-      bar.style.flexGrow = String(Math.max(0, ms));
-      return bar;
-    }));
-    $("budget-rows").replaceChildren(...budgetRows(legs));
-    $("facts").replaceChildren(...facts(stats, connection, server));
   }
 
   // --- sources
@@ -450,75 +429,4 @@ function picture(style) {
   Object.assign(image, { alt: "", width: 256, height: 256, decoding: "async", src: style.thumbnail });
   image.addEventListener("error", () => image.replaceWith(swatch));
   return image;
-}
-
-/** "24 fps · 310 ms camera to screen · 99.8 % on time · limited by: CPU" */
-function verdict(stats) {
-  if (["idle", "stopped", "failed"].includes(stats.state)) return "No picture yet";
-  if (stats.fps === null) return "Measuring…";
-  const parts = [`${Math.round(stats.fps)} fps`];
-  if (stats.latency_p50_ms !== null) parts.push(`${Math.round(stats.latency_p50_ms)} ms camera to screen`);
-  if (stats.on_time !== null) parts.push(`${percent(stats.on_time)} on time`);
-  if (LIMITS[stats.limited_by]) parts.push(`limited by: ${LIMITS[stats.limited_by]}`);
-  return parts.join(" · ");
-}
-
-function verdictTone(stats) {
-  if (stats.fps === null || stats.state !== "live") return "idle";
-  const slow = stats.agreed_fps && stats.fps < 0.85 * stats.agreed_fps;
-  return slow || stats.on_time < 0.95 ? "bad" : "good";
-}
-
-function percent(share) {
-  const value = share * 100;
-  return `${value >= 99.95 ? "100" : value.toFixed(1)} %`;
-}
-
-/** The legs of a frame's way in order, in ms; they add up to the mean from camera to screen. */
-function legsOf(budget, server) {
-  if (!budget) return null;
-  const engine = Math.min(server?.engine_ms_p50 ?? 0, budget.server);
-  const queue = Math.min(server?.queue_ms_p50 ?? 0, budget.server - engine);
-  const legs = { ...budget, engine, queue, spread: budget.server - engine - queue };
-  return LEGS.map(([name, title, what]) => [name, legs[name], title, what]);
-}
-
-function budgetRows(legs) {
-  if (!legs) return [row("", "Nothing measured yet", "", "")];
-  const total = legs.reduce((sum, [, ms]) => sum + ms, 0);
-  const rows = legs.map(([name, ms, title, what]) => row(name, title, what, `${Math.round(ms)} ms`));
-  return [...rows, row("total", "Camera to screen", "mean of the last 10 s", `${Math.round(total)} ms`)];
-}
-
-function row(name, title, what, value) {
-  const line = document.createElement("tr");
-  line.className = name;
-  const head = document.createElement("th");
-  head.scope = "row";
-  head.append(Object.assign(document.createElement("i"), { className: `leg ${name}` }), title);
-  const cells = [what, value].map((text) => Object.assign(document.createElement("td"), { textContent: text }));
-  line.append(head, ...cells);
-  return line;
-}
-
-function facts(stats, connection, server) {
-  const ms = (value) => (value === null || value === undefined ? "–" : `${Math.round(value)} ms`);
-  const dropped = Object.entries(server?.dropped ?? {}).map(([reason, count]) => `${reason} ${count}`).join(", ");
-  const media = connection?.media;
-  const list = [
-    ["95 of 100 frames within", ms(stats.latency_p95_ms)],
-    ["Click to first painted picture", ms(stats.click_to_picture_ms)],
-    ["Offer to first painted frame", ms(stats.ttff_ms)],
-    ["Agreed rate", stats.agreed_fps ? `${stats.agreed_fps} fps` : "–"],
-    ["Frames shown", stats.frames_shown],
-    ["Frames dropped", dropped || "none"],
-    ["Camera sent as", media?.sent ? `${media.sent} ${media.codec}` : "–"],
-    ["Held back by", media?.heldBy && media.heldBy !== "none" ? media.heldBy : "nothing"],
-    ["Round trip", ms(connection?.clock.rttMs)],
-    ["Sessions on this server", server?.sessions ?? "–"],
-  ];
-  return list.flatMap(([name, value]) => [
-    Object.assign(document.createElement("dt"), { textContent: name }),
-    Object.assign(document.createElement("dd"), { textContent: String(value) }),
-  ]);
 }

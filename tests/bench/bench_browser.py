@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine", choices=("local", "fake"), default="local" if has_model() else "fake", help="model or stand-in"
     )
+    parser.add_argument("--prompt", help="style to paint (default: the page's own)")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="save what the first page looks like at the end"
     )
