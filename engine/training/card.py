@@ -12,7 +12,7 @@ frames. It follows the camera and obeys a text prompt; it invents no content.
 ## Architecture
 The same classes as Wan 2.1 with other numbers (`config.json`): a causal video autoencoder (4x8x8 blocks to 48 latents by
 principal components, a small convolutional decoder with one frame of memory, 0.8 M parameters) and a causal diffusion
-transformer (width 192, 5 blocks, 3 heads, 3.2 M parameters) with rotary positions in three axes, cross-attention to the
+transformer (width 192, 5 blocks, 3 heads, 3.4 M parameters) with rotary positions in three axes, cross-attention to the
 prompt and a rolling KV cache of 3 latent frames, 1 of them a sink. The source latent is given as further input channels;
 the network predicts the residual on it. Prompts become static word-piece vectors (30,522 x 64, int8) distilled from
 all-MiniLM-L6-v2 and projected to tell the styles apart. Weights are float16.

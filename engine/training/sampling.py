@@ -14,7 +14,7 @@ from engine.wan.text_encoder import StaticTextEncoder
 
 PHOTO_SHARE = 0.12
 # Contours take longest to learn; colour maps and screens are learnt at once.
-_OFTEN = {"neon": 2.0, "blueprint": 2.0, "ink": 1.5, "pencil": 1.5, "watercolor": 1.5, "comic": 1.3, "thermal": 1.3}
+_OFTEN = {"neon": 2.0, "blueprint": 2.0, "ink": 1.5, "pencil": 1.5, "watercolor": 3.0, "comic": 1.3, "thermal": 1.3}
 _SELDOM = {"vintage": 0.6, "nightvision": 0.6, "popart": 0.7, "riso": 0.7, "oil": 0.8, "starry": 0.8}
 _WEIGHT = torch.tensor([{**_OFTEN, **_SELDOM}.get(style.id, 1.0) for style in STYLES])
 

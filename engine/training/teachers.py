@@ -24,6 +24,7 @@ Teacher = Callable[["Frame"], Plane]
 Colour = tuple[int, int, int]
 
 SCREEN_PX = 8  # the latent grid: every pattern's period
+_GRAIN = np.random.default_rng(3).random((8, 8)).astype(np.float32)  # paper: fixed, repeated over the picture
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -69,13 +70,17 @@ class Frame:
         return np.asarray(np.sqrt(gx * gx + gy * gy).max(-1), np.float32)
 
     def screen(self, kind: str) -> Plane:
-        """A repeating pattern of this frame's size [H, W] in 0..1: dots, hatch, lines, tile or graph."""
+        """A repeating pattern of this frame's size [H, W] in 0..1: dots, hatch, grain, lines, tile or graph."""
         y, x = np.mgrid[0 : self.height, 0 : self.width].astype(np.float32)
         if kind == "dots":
             wave = np.cos(2 * np.pi * (x + 0.5) / 8) + np.cos(2 * np.pi * (y + 0.5) / 8)
             return np.asarray(0.5 + 0.25 * wave, np.float32)
         if kind == "hatch":
             return np.asarray(0.5 + 0.5 * np.cos(2 * np.pi * (x + y) / 8), np.float32)
+        if kind == "grain":
+            tile = blur(np.tile(_GRAIN, (3, 3)), 0.7)[8:16, 8:16]
+            tile = (tile - tile.min()) / (tile.max() - tile.min())
+            return np.asarray(tile[np.mod(y, 8).astype(int), np.mod(x, 8).astype(int)], np.float32)
         if kind == "lines":
             return np.asarray(0.5 + 0.5 * np.cos(2 * np.pi * (y + 0.5) / 4), np.float32)
         step = 16 if kind == "graph" else 8
@@ -125,16 +130,17 @@ def photo(frame: Frame) -> Plane:
 
 
 def watercolor(frame: Frame) -> Plane:
-    """Line and wash: bleached highlights, pigment gathered at the borders of washes, a thin brown line."""
+    """Line and wash on grained paper: light vivid washes, bleached highlights, pigment at the rims, a brown line."""
     wash = blur(frame.flat, 1.2)
     tone = (wash @ _LUMA).astype(np.float32)
     stepped = 0.45 * tone + 0.55 * posterise(tone, 5, 0.3)
-    wash = saturate(wash * ((stepped + 0.04) / (tone + 0.04))[..., None], 1.75)
-    wash = 1.0 - (1.0 - wash) * 0.80
-    wash = mix(wash, (0.995, 0.98, 0.945), 0.9 * ramp(tone, 0.55, 0.97))
+    lifted = 0.16 + 0.84 * np.clip(stepped, 0, 1) ** 0.62
+    wash = saturate(np.clip(wash * (lifted / (tone + 0.05))[..., None], 0, 1).astype(np.float32), 1.6)
+    wash = mix(wash, (0.99, 0.965, 0.915), 0.18 + 0.72 * ramp(tone, 0.50, 0.95))
     rim = ramp(np.abs(blur(stepped, 0.8) - blur(stepped, 3.0)), 0.010, 0.10)
-    wash = np.asarray(wash * (1 - 0.30 * rim[..., None] * np.array([0.7, 0.85, 1.0], np.float32)), np.float32)
-    return mix(wash, (0.27, 0.19, 0.17), 0.72 * frame.contours)
+    shade = 0.34 * rim + 0.13 * frame.screen("grain") * (1 - 0.6 * ramp(tone, 0.6, 1.0))
+    wash = np.asarray(wash * (1 - shade[..., None] * np.array([0.75, 0.85, 1.0], np.float32)), np.float32)
+    return mix(wash, (0.30, 0.20, 0.17), 0.8 * frame.contours)
 
 
 def comic(frame: Frame) -> Plane:

@@ -55,7 +55,7 @@ class Stage:
 
 
 STAGES = {
-    1: Stage(1, batch=6, whole_batch=2, muon_rate=0.012, adam_rate=3e-3, hold=0.75, single_share=0.75),
+    1: Stage(1, batch=6, whole_batch=2, muon_rate=0.012, adam_rate=3e-3, hold=0.7, single_share=0.75),
     2: Stage(2, batch=6, whole_batch=2, muon_rate=0.004, adam_rate=1e-3, hold=0.3, single_share=0.0),
 }
 
