@@ -241,6 +241,8 @@ class LocalEngine:
         while True:
             reason = await self._run_rank()
             self._lose_streams(reason)
+            if self._status.state is EngineState.FAILED:
+                return
             now = time.monotonic()
             deaths = [at for at in deaths if now - at < BREAKER_WINDOW_S] + [now]
             if len(deaths) >= BREAKER_DEATHS:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.api import EngineState, StreamParams
+from engine.api import EngineError, EngineState, StreamParams
 from engine.config import CHUNK_FRAMES, EngineSettings
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.messages import (
@@ -199,7 +199,10 @@ def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
         worker.load()
         worker.run()
     except Disconnected:
-        log.info("rank stops: the server closed the connection")
+        log.debug("rank stops: the server closed the connection")
+    except EngineError as error:
+        # Starting again would not help: the model folder must be put right first.
+        connection.send(Status(state=EngineState.FAILED, percent=0, detail=str(error)))
 
 
 if __name__ == "__main__":

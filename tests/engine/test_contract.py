@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -205,3 +206,18 @@ async def test_an_unknown_model_is_refused_before_any_process() -> None:
     engine = LocalEngine(EngineSettings(model="nothing-like-it"))
     with pytest.raises(FileNotFoundError, match="known:"):
         await engine.start()
+
+
+async def test_a_damaged_model_fails_once_with_its_reason(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    engine = LocalEngine(EngineSettings(model=str(tmp_path / "damaged")))
+    await engine.start()
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineError, match=r"model\.safetensors"):
+                await engine.wait_ready()
+        assert engine.restarts == 0 and engine.status.state is EngineState.FAILED
+    finally:
+        await engine.close()
