@@ -61,6 +61,8 @@ def serve(options: argparse.Namespace) -> int:
     from server.app import serve as run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It tells of every candidate pair it tries.
+    logging.getLogger("aioice").setLevel(logging.WARNING)
     return asyncio.run(run_server(settings))
 
 
