@@ -45,9 +45,18 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.chunk_cost = Gauge("livebrush_engine_chunk_seconds", "Cost of a chunk, smoothed", registry=self.registry)
+        self.cpu = Gauge("livebrush_cpu_share", "Busy share of all cores, whole machine", registry=self.registry)
+        self.cpu_share = 0.0
         self.loop_lag = Gauge(
             "livebrush_loop_lag_seconds", "Worst event loop lag of the last second", registry=self.registry
         )
+
+    def on_tick(self, loop_lag_s: float, chunk_cost_s: float, cpu_share: float) -> None:
+        """What is sampled every few seconds rather than counted."""
+        self.loop_lag.set(max(0.0, loop_lag_s))
+        self.chunk_cost.set(chunk_cost_s)
+        self.cpu.set(cpu_share)
+        self.cpu_share = cpu_share
 
 
 class SessionMetrics:

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import secrets
 
+import psutil
+
 from engine.api import StreamParams
 from server.admission import agreed_fps, seats
 from server.errors import Full, NotFound, ServerError, ShuttingDown
@@ -172,6 +174,6 @@ class SessionRegistry:
             before = self._context.clock()
             await asyncio.sleep(RATE_PERIOD_S)
             lag = self._context.clock() - before - RATE_PERIOD_S
-            self._context.metrics.loop_lag.set(max(0.0, lag))
-            self._context.metrics.chunk_cost.set(self._context.engine.capacity.chunk_cost_s)
+            cpu_share = psutil.cpu_percent() / 100
+            self._context.metrics.on_tick(lag, self._context.engine.capacity.chunk_cost_s, cpu_share)
             self._set_rates()

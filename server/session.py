@@ -42,6 +42,7 @@ TELEMETRY_PERIOD_S = 0.5
 MAX_SOURCES = 5
 RELEASE_POLL_S = 0.25
 AUDIO_DELAY_SMOOTHING = 0.05
+BUSY_SHARE = 0.95
 
 INPUT_FAULTS = {
     "input_too_large": "The camera picture has over {limit} pixels; choose a smaller camera resolution.",
@@ -336,7 +337,8 @@ class Session:
     def _limited_by(self) -> str:
         """What keeps the picture below the best this server gives."""
         if self.metrics.input_fps() < 0.9 * self.fps:
-            return "camera"
+            # A starved machine delivers fewer camera frames too.
+            return "cpu" if self._context.metrics.cpu_share > BUSY_SHARE else "camera"
         if self.fps < self._context.settings.max_fps or self.metrics.dropped["engine"] > 0.01 * self.metrics.due:
             return "cpu"
         return "none"
