@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
+# For the last notice to leave before its channel is closed.
+GOODBYE_S = 0.1
 RETRY_AFTER_S = 5.0
 RATE_PERIOD_S = 2.0
 # A higher rate must have been affordable this long before a session is moved up to it.
@@ -43,6 +45,10 @@ class SessionRegistry:
         self._closing = True
         assert self._rate_task is not None
         self._rate_task.cancel()
+        if self._sessions:
+            for session in self._sessions.values():
+                session.announce_closing()
+            await asyncio.sleep(GOODBYE_S)
         await self._end(list(self._tasks))
         await asyncio.wait([self._rate_task])
 

@@ -165,19 +165,26 @@ class Session:
     async def _render(self, peer: Peer) -> None:
         """Keep a stream open on the engine whenever there is one, and queue what it renders."""
         engine = self._context.engine
+        was_lost = False
         while True:
-            if engine.status.state is not EngineState.READY:
+            if engine.status.state is not EngineState.READY and not was_lost:
                 self._notice("model_loading", "The model is loading; you see your camera until it is ready.")
             try:
                 await engine.wait_ready()
                 async with engine.open_stream(self.id, self.params) as stream:
                     self._open(stream)
-                    self._notice("model_ready", "The model is ready.")
+                    if was_lost:
+                        self._notice("engine_back", "The engine is back.")
+                    else:
+                        self._notice("model_ready", "The model is ready.")
+                    was_lost = False
                     async for chunk in stream:
                         self._on_rendered(stream, chunk)
             except RankLost:
+                was_lost = True
                 self._notice("engine_lost", "The engine stopped; you see your camera until it is back.")
             except EngineError as error:
+                was_lost = True
                 log.error("session %s: %s", self.id, error)
                 self._notice("engine_lost", f"No restyling: {error}")
                 await asyncio.sleep(1.0)
@@ -306,6 +313,10 @@ class Session:
             self.peer.send_control(
                 control.encode("ack", id=ack.request_id, first_frame=ack.first_frame, params=self.params.model_dump())
             )
+
+    def announce_closing(self) -> None:
+        """Tell the page that the server goes and when to come back."""
+        self._notice("closing", "The server is stopping; the page comes back by itself.", reconnect_after_s=2.0)
 
     def _notice(self, code: str, message: str, **fields: object) -> None:
         if self.peer is not None:

@@ -33,6 +33,8 @@ WARM_UP_S = 5.0
 MAX_SECONDS = 115
 STARTS = 3
 READY_TIMEOUT_S = 120
+LEAVE_TIMEOUT_S = 20
+CHANGES = ("comic book", "pencil sketch", "watercolour")
 
 
 def main() -> int:
@@ -110,7 +112,8 @@ def measure_run(
         pages[0].screenshot(path=picture)
     after = [figures(page, window_s=seconds, fps_window_s=seconds) for page in pages]
     memory_end = server.memory_mb()
-    for page in pages:
+    changes = [measure_change(pages[0], words) for words in CHANGES]
+    for page in pages[1:]:
         close_page(page)
     return {
         "fps": min(found["fps"] for found in after),
@@ -123,10 +126,42 @@ def measure_run(
         "age_ms_p50": after[0]["server"]["age_ms_p50"],
         "engine_ms_p50": after[0]["server"]["engine_ms_p50"],
         "limited_by": after[0]["limited_by"],
+        "released_fps": min(
+            (last["server"]["released"] - first["server"]["released"]) / seconds
+            for first, last in zip(before, after, strict=True)
+        ),
+        "change_ms": [change["ack_ms"] for change in changes],
+        "change_gap_ms": [change["gap_ms"] for change in changes],
+        "leave_ms": measure_leaving(pages[0], server),
         "memory_start_mb": memory_start,
         "memory_end_mb": memory_end,
         "cpu_share": foreign / 100,
     }
+
+
+def measure_change(page: Page, words: str) -> dict[str, float]:
+    """A prompt change: ms until the first frame that shows it is named, and the longest gap around it."""
+    ack_ms = page.evaluate(
+        """async (prompt) => {
+          const asked = performance.now();
+          const ack = await window.livebrush.set({ prompt });
+          return ack && ack.first_frame !== null ? performance.now() - asked : null;
+        }""",
+        words,
+    )
+    page.wait_for_timeout(1500)
+    return {"ack_ms": ack_ms, "gap_ms": figures(page, window_s=2.5)["largest_gap_ms"]}
+
+
+def measure_leaving(page: Page, server: Server) -> float:
+    """Close the last page with a goodbye: ms until no seat is taken. Raises TimeoutError after 20 s."""
+    left = time.monotonic()
+    close_page(page)
+    while server.capacity()["open"]:
+        if time.monotonic() - left > LEAVE_TIMEOUT_S:
+            raise TimeoutError(f"a seat is still taken {LEAVE_TIMEOUT_S} s after the page closed")
+        time.sleep(0.01)
+    return (time.monotonic() - left) * 1000
 
 
 def miss_rate(first: dict[str, Any], last: dict[str, Any]) -> float:
@@ -150,12 +185,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         ("Sessions, engine, time", f"{result['sessions']}, {result['engine']}, {result['seconds']:g} s"),
         ("Rate shown", f"{result['fps']:.1f} fps of {result['agreed_fps']:g} agreed"),
+        ("Rate sent by the server", f"{result['released_fps']:.1f} fps"),
         ("Glass to glass p50 / p95", f"{result['latency_p50_ms']:.0f} / {result['latency_p95_ms']:.0f} ms"),
         ("Deadline misses", f"{result['dmr'] * 100:.2f} %"),
         ("Longest gap in the picture", f"{result['largest_gap_ms']:.0f} ms"),
         ("Age at release p50", f"{result['age_ms_p50']:.0f} ms, engine {result['engine_ms_p50']:.0f} ms a chunk"),
         ("TTFF (offer to frame sent)", middle("ttff_ms")),
         ("Click to painted picture", middle("click_to_picture_ms")),
+        ("Prompt change to its frame", middle("change_ms")),
+        ("Longest gap at a change", middle("change_gap_ms")),
+        ("Goodbye to a free seat", f"{result['leave_ms']:.0f} ms, the page's own unloading included"),
         ("Server and engine memory", f"{result['memory_start_mb']:.0f} -> {result['memory_end_mb']:.0f} MiB"),
         ("Dropped, limited by", f"{result['dropped'] or 'none'}, {result['limited_by']}"),
         ("Whole machine", f"{result['machine']}, {result['cpu_share'] * 100:.0f} % busy (browser and all others)"),

@@ -220,7 +220,8 @@ async def test_a_lost_engine_shows_the_camera_and_comes_back(visitor: Visitor, e
     assert ack["first_frame"] is None and ack["params"]["prompt"] == "ink"
     await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture again")
     assert next(iter(engine.streams.values())).params.prompt == "ink"
-    assert "engine_lost" in [m.get("code") for m in visitor.messages]
+    notices = [m["code"] for m in visitor.messages if m["type"] == "notice"]
+    assert notices == ["model_ready", "engine_lost", "engine_back"]
     await lost
 
 
@@ -307,3 +308,15 @@ async def test_other_origins_and_hosts_are_refused(base: str) -> None:
             assert response.status == 404
         async with http.get(base + "/metrics") as response:
             assert "livebrush_sessions 0.0" in await response.text()
+
+
+async def test_a_stopping_server_says_goodbye_and_takes_no_new_offers(engine: FakeEngine) -> None:
+    settings = ServerSettings(port=0, engine_kind="fake", engine=EngineSettings(width=64, height=64))
+    async with running_server(settings, engine) as (_, port):
+        visitor = Visitor(f"http://127.0.0.1:{port}")
+        await visitor.enter()
+        await visitor.until(lambda: len(visitor.pictures) > 3, "pictures")
+        await visitor.until(lambda: visitor.control.readyState == "open", "an open channel")
+    await visitor.until(lambda: any(m.get("code") == "closing" for m in visitor.messages), "the closing notice")
+    assert engine.status.state == "closed"
+    await visitor.leave()
