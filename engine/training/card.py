@@ -67,17 +67,20 @@ _COLUMNS = {
 }
 
 
-def model_card(figures: Mapping[str, Mapping[str, float]], spent: Mapping[str, tuple[float, int]]) -> str:
+def model_card(
+    figures: Mapping[str, Mapping[str, float]], spent: Mapping[str, tuple[float, int]], notes: str = ""
+) -> str:
     """README.md of the model folder.
 
     Args:
         figures: what engine.training.evaluate wrote, by style and "mean"; may be empty.
         spent: minutes and steps by training stage.
+        notes: what else happened in this very training.
     """
     styles = ", ".join(f"`{style}`" for style in figures if style != "mean") or "see styles.json"
     rows = [f"| {name} | {minutes:.0f} min | {steps} steps |" for name, (minutes, steps) in spent.items()]
     time = "\n".join(["| part | time | |", "| --- | --- | --- |", *rows]) + "\n"
-    return _HEAD.format(styles=styles) + time + _measured(figures) + _LIMITS
+    return _HEAD.format(styles=styles) + time + notes + _measured(figures) + _LIMITS
 
 
 def _measured(figures: Mapping[str, Mapping[str, float]]) -> str:

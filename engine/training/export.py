@@ -46,7 +46,7 @@ def export(work: Path, folder: Path) -> ModelConfig:
         vae=load_vae(work),
         text=build_text_table(work),
         styles=[_listed(style) for style in STYLES],
-        card=model_card(read_evaluation(work), training_minutes(work)),
+        card=model_card(read_evaluation(work), training_minutes(work), read_notes(work)),
     )
 
 
@@ -67,6 +67,12 @@ def read_evaluation(work: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
+def read_notes(work: Path) -> str:
+    """notes.md of the working folder: what the person who trained has to say about this run; may be missing."""
+    path = work / "notes.md"
+    return f"\n{path.read_text(encoding='utf-8').strip()}\n" if path.exists() else ""
+
+
 def training_minutes(work: Path) -> dict[str, tuple[float, int]]:
     """Wall-clock minutes and steps that each trained stage has really taken so far."""
     stages = {
@@ -80,7 +86,7 @@ def training_minutes(work: Path) -> dict[str, tuple[float, int]]:
 
 def rewrite_card(work: Path, folder: Path) -> None:
     """Put the figures of the last evaluation into the model card, the weights untouched."""
-    card = model_card(read_evaluation(work), training_minutes(work))
+    card = model_card(read_evaluation(work), training_minutes(work), read_notes(work))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 

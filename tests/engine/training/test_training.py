@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from engine.training import export as exporting
 from engine.training import latents, train_vae
 from engine.training.budget import Budget, load_checkpoint
+from engine.training.card import model_card
 from engine.training.data import STYLES, Shard, shard_paths
 from engine.training.evaluate import measure, restyle_clip
 from engine.training.optimisers import Muon, orthogonalise, split_parameters
@@ -152,7 +153,7 @@ def test_evaluation_names_every_style_it_saw_and_fills_the_card(work: Path, tmp_
     assert set(figures) == {"photo", "watercolor", "thermal", "mean"}
     assert all(0 <= own["nearest_is_asked"] <= 1 for own in figures.values())
     assert figures["photo"]["ceiling_psnr_db"] > 15
-    card = exporting.model_card(figures, exporting.training_minutes(work))
+    card = model_card(figures, exporting.training_minutes(work))
     assert "| watercolor |" in card
     assert "transformer, stage 1" in card
 
@@ -165,7 +166,8 @@ def test_thumbnails_are_written_for_every_style(work: Path, tmp_path: Path) -> N
     cv2.imwrite(str(tmp_path / "face.png"), moving_clip(0)[0])
     paths = write_thumbnails(load_model(tmp_path / "model", "cpu"), tmp_path / "face.png", tmp_path / "styles")
     assert {path.stem for path in paths} == set(BY_ID)
-    assert all(cv2.imread(str(path)).shape == (256, 256, 3) for path in paths)
+    pictures = [cv2.imread(str(path)) for path in paths]
+    assert all(picture is not None and picture.shape == (256, 256, 3) for picture in pictures)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
