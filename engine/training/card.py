@@ -44,7 +44,7 @@ Two shared CPU cores, float32, one thread each, at the lowest priority beside ot
 _LIMITS = """
 ## Limits
 - It restyles what the camera shows and adds nothing: "a robot" or "a castle behind me" do not happen.
-- A prompt far from every style falls to the nearest one or stays close to the photo; the API names the nearest style and its score.
+- A prompt far from every style falls to the nearest one or stays close to the photo.
 - Trained on few people (77 portraits, 4 signers in one room, some previews). Other skin tones, night, strong backlight
   and crowds rest on light augmentation.
 - Patterns (dots, hatching, tiles) are locked to the 8 px grid and do not follow motion.
@@ -53,7 +53,7 @@ _LIMITS = """
 
 ## Rebuilding
 `python -m engine.training.run --people ../shared/data` (see `engine/training/DATA.md`).
-"""  # noqa: E501
+"""
 
 _COLUMNS = {
     "psnr_db": "model to teacher, dB",
