@@ -15,7 +15,6 @@ import torch
 from engine.training.data import held_out_portraits
 from engine.training.evaluate import restyle_clip
 from engine.training.export import MODEL_FOLDER
-from engine.training.phrases import STYLES
 from engine.wan.weights import Model, load_model
 
 SIZE_PX = 256
@@ -24,14 +23,14 @@ PORTRAIT = 1  # of the held-out ones: large clear shapes before a plain wall, so
 
 
 def write_thumbnails(model: Model, portrait: Path, folder: Path) -> list[Path]:
-    """One JPEG of 256x256 per style, named by its id, from the ninth frame of the still portrait."""
+    """One JPEG of 256x256 per style the model lists, named by its id, from the ninth frame of the still portrait."""
     picture = cv2.imread(str(portrait), cv2.IMREAD_COLOR)
     assert picture is not None, portrait
     square = cv2.resize(picture, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_AREA)[..., ::-1]
     clip = np.repeat(np.asarray(square, np.uint8)[None], 9, axis=0)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for style in STYLES:
+    for style in model.styles.styles:
         path = folder / f"{style.id}.jpg"
         out = restyle_clip(model, clip, style.prompt)[-1]
         cv2.imwrite(str(path), out[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
