@@ -110,7 +110,7 @@ class VideoEncoder:
         """
         height, width = rgb.shape[0] & ~1, rgb.shape[1] & ~1
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb[:height, :width]), format="rgb24")
-        planar = self._reformatter.reformat(picture, format="yuv420p")
+        planar = self._reformatter.reformat(picture, format="yuv420p", threads=1)
         planar.pts, planar.time_base = ticks, VIDEO_TIME_BASE
         if key_frame:
             planar.pict_type = av.video.frame.PictureType.I
