@@ -41,6 +41,7 @@ from engine.messages import (
     decode_from_rank,
     encode,
 )
+from engine.readiness import Readiness
 from engine.results import ResultQueue
 
 log = logging.getLogger(__name__)
@@ -136,18 +137,18 @@ class LocalEngine:
         self.settings = settings
         self.memory: FrameMemory
         self.restarts = 0
-        self._status = EngineStatus(EngineState.STARTING, 0)
+        self._readiness = Readiness()
         self._chunk_cost_s = 0.0
         self._rank: RankProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._changed = asyncio.Condition()
+        self._regions_changed = asyncio.Condition()
         self._free_regions: list[int] = []
         self._streams: dict[int, LocalStream] = {}
 
     @property
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        return self._status
+        return self._readiness.status
 
     @property
     def capacity(self) -> Capacity:
@@ -185,17 +186,13 @@ class LocalEngine:
 
     async def wait_ready(self) -> None:
         """See `Engine.wait_ready`."""
-        async with self._changed:
-            while self._status.state is not EngineState.READY:
-                if self._status.state in (EngineState.FAILED, EngineState.CLOSED):
-                    raise EngineError(f"engine {self._status.state}: {self._status.detail}")
-                await self._changed.wait()
+        await self._readiness.wait()
 
     @contextlib.asynccontextmanager
     async def open_stream(self, stream_id: str, params: StreamParams) -> AsyncIterator[LocalStream]:
         """See `Engine.open_stream`."""
-        if self._status.state is not EngineState.READY:
-            raise EngineNotReady(f"engine is {self._status.state} ({self._status.percent} %): wait until it is ready")
+        if self.status.state is not EngineState.READY:
+            raise EngineNotReady(f"engine is {self.status.state} ({self.status.percent} %): wait until it is ready")
         region = await self._take_region()
         stream = LocalStream(self, region, stream_id)
         self._streams[region] = stream
@@ -210,7 +207,7 @@ class LocalEngine:
 
     async def _take_region(self) -> int:
         """A memory region no stream uses; waits while the rank is still letting go of a closed one."""
-        async with self._changed:
+        async with self._regions_changed:
             try:
                 async with asyncio.timeout(REGION_TIMEOUT_S):
                     while not self._free_regions:
@@ -218,7 +215,7 @@ class LocalEngine:
                             raise EngineFull(
                                 f"all {self.settings.max_streams} streams are open: close one or raise max_streams"
                             )
-                        await self._changed.wait()
+                        await self._regions_changed.wait()
             except TimeoutError:
                 raise EngineError(f"the rank did not let go of a closed stream in {REGION_TIMEOUT_S:.0f} s") from None
             return self._free_regions.pop()
@@ -229,11 +226,9 @@ class LocalEngine:
             self._rank.writer.write(encode(message))
 
     async def _set_status(self, status: EngineStatus) -> None:
-        if status.state is not self._status.state:
+        if status.state is not self.status.state:
             log.info("engine %s%s", status.state, f": {status.detail}" if status.detail else "")
-        self._status = status
-        async with self._changed:
-            self._changed.notify_all()
+        await self._readiness.set(status)
 
     async def _supervise(self) -> None:
         """Keep one rank running, with a growing pause after a death, until closed or given up."""
@@ -241,7 +236,7 @@ class LocalEngine:
         while True:
             reason = await self._run_rank()
             self._lose_streams(reason)
-            if self._status.state is EngineState.FAILED:
+            if self.status.state is EngineState.FAILED:
                 return
             now = time.monotonic()
             deaths = [at for at in deaths if now - at < BREAKER_WINDOW_S] + [now]
@@ -272,7 +267,7 @@ class LocalEngine:
     async def _read_messages(self, reader: asyncio.StreamReader) -> str:
         """Handle what the rank says until end of file; a rank silent while starting is given up."""
         while True:
-            starting = self._status.state is not EngineState.READY
+            starting = self.status.state is not EngineState.READY
             try:
                 line = await asyncio.wait_for(reader.readline(), self.settings.start_timeout_s if starting else None)
             except TimeoutError:
@@ -292,9 +287,9 @@ class LocalEngine:
                 self._chunk_cost_s = message.chunk_cost_s or self._chunk_cost_s
                 await self._set_status(EngineStatus(message.state, message.percent, message.detail))
             case Closed():
-                async with self._changed:
+                async with self._regions_changed:
                     self._free_regions.append(message.stream)
-                    self._changed.notify_all()
+                    self._regions_changed.notify_all()
             case Done():
                 cost = message.finished_at - message.started_at
                 self._chunk_cost_s += COST_SMOOTHING * (cost - self._chunk_cost_s)

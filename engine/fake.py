@@ -30,6 +30,7 @@ from engine.api import (
     StreamParams,
 )
 from engine.config import CHUNK_FRAMES
+from engine.readiness import Readiness
 from engine.results import ResultQueue
 from engine.scheduler import Drop, Item, Scheduler
 
@@ -110,16 +111,15 @@ class FakeEngine:
         self.max_streams = max_streams
         self.streams: dict[int, FakeStream] = {}
         self._size = (width, height)
-        self._status = EngineStatus(EngineState.STARTING, 0)
+        self._readiness = Readiness()
         self._scheduler = Scheduler()
         self._work = asyncio.Event()
-        self._changed = asyncio.Condition()
         self._loop_task: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> EngineStatus:
         """See `Engine.status`."""
-        return self._status
+        return self._readiness.status
 
     @property
     def capacity(self) -> Capacity:
@@ -143,21 +143,17 @@ class FakeEngine:
                 await self._loop_task
             self._loop_task = None
             self._lose_streams("the engine was closed")
-            await self._set_status(EngineStatus(EngineState.CLOSED, 0))
+            await self._readiness.set(EngineStatus(EngineState.CLOSED, 0))
 
     async def wait_ready(self) -> None:
         """See `Engine.wait_ready`."""
-        async with self._changed:
-            while self._status.state is not EngineState.READY:
-                if self._status.state in (EngineState.FAILED, EngineState.CLOSED):
-                    raise EngineError(f"engine {self._status.state}: {self._status.detail}")
-                await self._changed.wait()
+        await self._readiness.wait()
 
     @contextlib.asynccontextmanager
     async def open_stream(self, stream_id: str, params: StreamParams) -> AsyncIterator[FakeStream]:
         """See `Engine.open_stream`."""
-        if self._status.state is not EngineState.READY:
-            raise EngineNotReady(f"engine is {self._status.state}: wait until it is ready")
+        if self.status.state is not EngineState.READY:
+            raise EngineNotReady(f"engine is {self.status.state}: wait until it is ready")
         number = next((n for n in range(self.max_streams) if n not in self.streams), None)
         if number is None:
             raise EngineFull(f"all {self.max_streams} streams are open: close one or raise max_streams")
@@ -173,24 +169,19 @@ class FakeEngine:
     async def lose_rank(self, *, down_s: float = 0.0) -> None:
         """Behave as if the rank had died: every stream fails; ready again after `down_s`."""
         self._lose_streams("told to")
-        await self._set_status(EngineStatus(EngineState.STARTING, 0, "restarting"))
+        await self._readiness.set(EngineStatus(EngineState.STARTING, 0, "restarting"))
         await asyncio.sleep(down_s)
-        await self._set_status(EngineStatus(EngineState.READY, 100))
+        await self._readiness.set(EngineStatus(EngineState.READY, 100))
 
     def push(self, item: Item) -> None:
         """Take a chunk from a stream."""
         self._drop(self._scheduler.push(item))
         self._work.set()
 
-    async def _set_status(self, status: EngineStatus) -> None:
-        self._status = status
-        async with self._changed:
-            self._changed.notify_all()
-
     async def _run(self) -> None:
-        await self._set_status(EngineStatus(EngineState.LOADING, 10, "loading the fake"))
+        await self._readiness.set(EngineStatus(EngineState.LOADING, 10, "loading the fake"))
         await asyncio.sleep(self.load_s)
-        await self._set_status(EngineStatus(EngineState.READY, 100))
+        await self._readiness.set(EngineStatus(EngineState.READY, 100))
         while True:
             item, drops = self._scheduler.pick(time.monotonic(), self.delay_s)
             self._drop(drops)
