@@ -21,6 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field
 Frames = NDArray[np.uint8]
 
 MAX_PROMPT_CHARS = 1000
+MAX_BLEND = 4
+MAX_TRANSITION_CHUNKS = 240
+
+
+class WeightedPrompt(BaseModel):
+    """One prompt of a blend."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    text: str = Field(max_length=MAX_PROMPT_CHARS)
+    weight: float = Field(default=1.0, gt=0, le=100, description="shares are weights over their sum")
 
 
 class StreamParams(BaseModel):
@@ -29,17 +40,31 @@ class StreamParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(default="", max_length=MAX_PROMPT_CHARS, description="free text; empty means unstyled")
+    blend: tuple[WeightedPrompt, ...] = Field(
+        default=(), max_length=MAX_BLEND, description="prompts mixed by weight, in place of `prompt` when given"
+    )
+    transition_chunks: int = Field(
+        default=0, ge=0, le=MAX_TRANSITION_CHUNKS, description="chunks over which new prompts take over; 0: at once"
+    )
+    recache: bool = Field(
+        default=False, description="let new prompts also rewrite what the cache keeps of earlier frames"
+    )
     strength: float = Field(default=1.0, ge=0.0, le=1.0, description="0 returns the camera, 1 the full style")
     steps: int = Field(default=1, ge=1, le=4, description="denoising steps per chunk")
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="sampling noise, fixed for the stream")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of the sampling noise")
+
+    @property
+    def prompts(self) -> tuple[WeightedPrompt, ...]:
+        """The prompts in force with their weights."""
+        return self.blend or (WeightedPrompt(text=self.prompt),)
 
 
 @dataclass(frozen=True, slots=True)
 class FrameChunk:
     """Consecutive camera frames, the unit the engine takes.
 
-    frames: [T, H, W, 3] uint8 RGB; T is the model's chunk length, or 1 in the first chunk of a stream (a fast
-    start: the model pads it). deadline: when the oldest frame is due for playout.
+    frames: [T, H, W, 3] uint8 RGB; T is `Capacity.chunk_frames`, in the first chunk of a stream
+    `Capacity.first_chunk_frames`. deadline: when the oldest frame is due for playout.
     """
 
     index: int
@@ -54,6 +79,8 @@ class RenderedChunk:
     """The restyled frames of one chunk: same T, H, W and identities as went in.
 
     revision: the newest `EngineStream.update` that shaped these frames (0: the parameters at opening).
+    fault: empty; or why the model's picture was withheld ("nan", "black", "frozen", "text_pending"): frames are then
+        the camera's own, as they came.
     engine_started_at, engine_finished_at: when the engine took the chunk up and was done with it.
     """
 
@@ -64,6 +91,7 @@ class RenderedChunk:
     revision: int
     engine_started_at: float
     engine_finished_at: float
+    fault: str = ""
 
 
 class EngineState(StrEnum):
@@ -92,22 +120,30 @@ class Capacity:
 
     chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and one step (0 while
         unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
+        first_chunk_frames: T of a stream's first chunk.
     """
 
     chunk_cost_s: float
     max_streams: int
     open_streams: int
     chunk_frames: int
+    first_chunk_frames: int = 1
 
 
 @dataclass(slots=True)
 class StreamCounters:
-    """Every chunk that did not come back, by reason; in chunks. `frames_dropped` is the same in frames."""
+    """Every chunk that did not come back, by reason; in chunks. `frames_dropped` is the same in frames.
+
+    faults: chunks that came back as the camera's own frames, by `RenderedChunk.fault`. reanchored: times the stream
+    had drifted and its cache was begun anew.
+    """
 
     submitted: int = 0
     rendered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     frames_dropped: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    reanchored: int = 0
 
     def drop(self, reason: str, frames: int) -> None:
         """Count one whole chunk lost for `reason`."""

@@ -1,19 +1,155 @@
-"""Engine settings, refused before any process is started."""
+"""Engine settings, refused before any process is started, and what a model folder says of itself.
+
+Nothing here loads torch: the server reads it too.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "livebrush-tiny"
+CONFIG_FILE = "config.json"
 # VAE stride 8 times DiT patch 2: a frame must be a whole number of tokens.
 SIZE_MULTIPLE_PX = 16
 MAX_PIXELS = 832 * 480
 # Wan and the embedded model turn 4 frames into one latent frame: the chunk the engine takes.
 CHUNK_FRAMES = 4
+MAX_STEPS = 4
+
+
+def user_models_dir() -> Path:
+    """Where `livebrush models` keeps what it downloads and converts: LIVEBRUSH_MODELS_DIR, or below XDG_DATA_HOME."""
+    if named := os.environ.get("LIVEBRUSH_MODELS_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "livebrush" / "models"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ServingProfile(_Frozen):
+    """How a model wants to be served; `serving` in its config.json."""
+
+    fps: PositiveFloat = Field(default=24.0, description="rate it was made for; the output's when there is room")
+    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=((256, 256),), min_length=1, description="width, height it is good at; the first is the default"
+    )
+    chunk_frames: Literal[4] = Field(default=4, description="frames of a chunk: one latent frame")
+    first_chunk_frames: Literal[1, 5] = Field(
+        default=1, description="frames of a stream's first chunk: 1, or 1 + 4 where the VAE's first call takes 1 alone"
+    )
+    steps: int = Field(default=1, ge=1, le=MAX_STEPS, description="denoising steps unless asked otherwise")
+
+
+class CacheConfig(_Frozen):
+    """What the rolling KV cache does with positions and sinks; its size is the transformer's."""
+
+    positions: Literal["relative", "refresh", "absolute"] = Field(
+        default="relative",
+        description="relative: a frame's place in the window; refresh: its index, brought back to the window's "
+        "length at refresh_at, kept frames with it (the paper); absolute: its index, growing (the public code)",
+    )
+    refresh_at: PositiveInt = Field(default=50, description="latent frames; with `refresh`")
+    sink_refresh: float | None = Field(
+        default=None, ge=-1, le=1, description="a frame less like its sinks than this cosine replaces the least like"
+    )
+    sink_ema: float | None = Field(
+        default=None, ge=0, lt=1, description="share a sink keeps when an evicted frame is averaged into it"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_sinks(self) -> Self:
+        if self.sink_refresh is not None and self.sink_ema is not None:
+            raise ValueError("sink_refresh and sink_ema are two ways to renew sinks: set one of them")
+        return self
+
+
+class MotionConfig(_Frozen):
+    """Motion-aware noise controller: fast motion lowers the noise level, so that the picture follows the input."""
+
+    source: Literal["pixels", "latents"] = Field(
+        default="pixels", description="what moves: pixels in [-1, 1] (public code) or latents (paper)"
+    )
+    window: PositiveInt = Field(default=1, le=16, description="chunks whose largest motion counts (paper: k)")
+    scale: PositiveFloat = Field(default=0.2, description="motion that counts as full (paper: sigma_d)")
+    span: float = Field(
+        default=0.1, ge=0, le=1, description="how far full motion lowers the level (paper: s_max - s_min)"
+    )
+    smoothing: float = Field(default=0.9, gt=0, le=1, description="weight of the new level (paper: lambda)")
+
+
+class SamplingConfig(_Frozen):
+    """How a chunk is noised and denoised."""
+
+    shift: PositiveFloat = Field(default=1.0, description="of the noise levels, see engine.flow_match.sigma_table")
+    timesteps: tuple[int, ...] | None = Field(
+        default=None,
+        max_length=MAX_STEPS,
+        description="noisiest first; n steps run the first n of them. None: evenly spaced from the start level",
+    )
+    noise_scale: float = Field(
+        default=1.0, gt=0, le=1, description="share of noise in a chunk before its first step, at strength 1"
+    )
+    timestep_offset: int = Field(
+        default=100, ge=0, lt=1000, description="the first timestep is this much below 1000 * noise scale"
+    )
+    motion: MotionConfig | None = Field(default=None, description="None: the same noise level for every chunk")
+    latents: Literal["raw", "normalised"] = Field(
+        default="normalised", description="scale of the encoder latents that the checkpoint was trained on"
+    )
+    noise: Literal["fixed", "fresh"] = Field(
+        default="fixed", description="one sample for the whole stream, or a new one for every step"
+    )
+
+    @model_validator(mode="after")
+    def _noisiest_first(self) -> Self:
+        steps = self.timesteps
+        if steps is None:
+            if self.motion is not None:
+                raise ValueError("motion moves the first of `timesteps`: give them")
+            return self
+        if not steps or any(not 0 < t <= 1000 for t in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"timesteps {steps} must fall, from at most 1000, and stay above 0")
+        return self
+
+
+# The published V2V checkpoints (StreamDiffusionV2): constants of their public code, not of the paper's figures.
+WAN_SAMPLING = SamplingConfig(
+    shift=8.0,
+    timesteps=(700, 500, 400, 200),
+    noise_scale=0.8,
+    motion=MotionConfig(),
+    latents="raw",
+    noise="fresh",
+)
+WAN_SERVING = ServingProfile(fps=16, sizes=((832, 480), (512, 512)), first_chunk_frames=5, steps=2)
+
+
+def serving_profile(model_dir: Path) -> ServingProfile:
+    """What config.json of a model folder says under `serving`, the rest of it unread.
+
+    Raises: FileNotFoundError, or ValueError naming the file.
+    """
+    path = model_dir / CONFIG_FILE
+    try:
+        return ServingProfile.model_validate(json.loads(path.read_bytes()).get("serving", {}))
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class LoraFile(_Frozen):
+    """A low-rank adaptation (safetensors) and how much of it."""
+
+    path: Path
+    scale: float = Field(default=1.0, ge=-4, le=4)
 
 
 class EngineSettings(BaseModel):
@@ -24,7 +160,32 @@ class EngineSettings(BaseModel):
     model: str = Field(default=DEFAULT_MODEL, description="a folder in engine/models, or a path to one")
     width: PositiveInt = Field(default=256, description="frame width in pixels, a multiple of 16")
     height: PositiveInt = Field(default=256, description="frame height in pixels, a multiple of 16")
-    device: str = Field(default="cpu", description="torch device of the rank: cpu or cuda:N")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda:\d+)$", description="torch device of the rank: cpu or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    vae: Literal["auto", "full", "light"] = Field(
+        default="auto", description="Wan: its own VAE, or TAEHV; auto: light where the model folder has it"
+    )
+    mode: Literal["sequential", "batch"] = Field(
+        default="sequential",
+        description="sequential: a chunk takes its steps one after another; batch: the steps of successive chunks "
+        "run as one pass (stream batch), more throughput for steps - 1 chunks of delay",
+    )
+    micro_batch: PositiveInt = Field(default=1, le=16, description="streams that one pass may take together")
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
+        default="auto", description="kernel of self attention; auto: varlen on a GPU, sdpa on a CPU"
+    )
+    compile: bool = Field(default=False, description="torch.compile the transformer: a minute at the start")
+    fp8: bool = Field(default=False, description="float8 linear layers (torchao, GPUs from Ada on)")
+    loras: tuple[LoraFile, ...] = Field(default=(), max_length=8, description="merged into the weights at loading")
+    text_device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda:\d+)$", description="where Wan's text encoder lives, in its own process"
+    )
+    sampling: dict[str, Any] = Field(default={}, description="fields of SamplingConfig to set over the model's own")
+    cache: dict[str, Any] = Field(default={}, description="fields of CacheConfig to set over the model's own")
     threads: PositiveInt = Field(default=1, description="torch threads on CPU; the other cores do WebRTC")
     max_streams: PositiveInt = Field(default=4, le=64, description="streams to preallocate frame memory for")
     start_timeout_s: float = Field(default=120.0, gt=0, description="a rank silent this long while starting is dead")
@@ -39,14 +200,29 @@ class EngineSettings(BaseModel):
             raise ValueError(f"{self.width}x{self.height} is over {MAX_PIXELS} pixels (832x480); use a smaller size")
         return self
 
+    @model_validator(mode="after")
+    def _overrides_are_fields(self) -> Self:
+        SamplingConfig.model_validate(SamplingConfig(timesteps=(1000,)).model_dump() | self.sampling)
+        CacheConfig.model_validate(self.cache)
+        return self
+
     @property
     def model_dir(self) -> Path:
-        """The folder with config.json, model.safetensors and styles.json.
+        """The folder of the model: shipped with Livebrush, downloaded, or a path.
 
-        Raises: FileNotFoundError, naming the folders that do exist.
+        Raises: FileNotFoundError, naming those that do exist and how to get another.
         """
-        for candidate in (MODELS_DIR / self.model, Path(self.model)):
-            if (candidate / "config.json").is_file():
+        for candidate in (MODELS_DIR / self.model, user_models_dir() / self.model, Path(self.model)):
+            if (candidate / CONFIG_FILE).is_file():
                 return candidate
-        known = sorted(p.parent.name for p in MODELS_DIR.glob("*/config.json"))
-        raise FileNotFoundError(f"no model {self.model!r}; known: {', '.join(known) or 'none'}, or give a folder")
+        folders = (MODELS_DIR, user_models_dir())
+        known = sorted({path.parent.name for folder in folders for path in folder.glob(f"*/{CONFIG_FILE}")})
+        raise FileNotFoundError(
+            f"no model {self.model!r}; known: {', '.join(known) or 'none'}; `livebrush models` gets others, "
+            "or give a folder"
+        )
+
+    @property
+    def profile(self) -> ServingProfile:
+        """How the model wants to be served. Raises FileNotFoundError or ValueError for a folder that is not one."""
+        return serving_profile(self.model_dir)

@@ -77,6 +77,8 @@ class Done(_Message):
     revision: int
     started_at: float
     finished_at: float
+    fault: str = ""
+    reanchored: bool = False
 
 
 class Dropped(_Message):
