@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 Memory = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Slots = dict[int, tuple[Tensor, Tensor]]
-Mode = Literal["batch", "sequential"]
+Mode = Literal["batch", "sequential", "slipping"]
 
 ALL_STEPS = (700, 500, 400, 200)
 # Of the 16 latent channels, as the model's authors publish them.
@@ -166,10 +166,12 @@ class Ring:
     """One row's keys and values: per layer, a dict from slot to a frame's (K, V). Sinks are never overwritten."""
 
     def __init__(self, layers: int, slots: int, sinks: int) -> None:
-        self.slots, self.sinks = slots, sinks
+        self.slots, self.sinks, self.ahead = slots, sinks, False
         self.layers: list[Slots] = [{} for _ in range(layers)]
 
     def slot(self, position: int) -> int:
+        if self.ahead and position >= self.slots - 1:
+            position += 1
         if position < self.sinks:
             return position
         return self.sinks + (position - self.sinks) % (self.slots - self.sinks)
@@ -366,13 +368,20 @@ def decode(w: Weights, latent_BCTHW: Tensor, memory: Memory) -> Tensor:
 
 
 class Session:
-    """One stream from its first chunk on. A row is a denoising step's ring; sequential mode has one for all steps."""
+    """One stream from its first chunk on. A row is a denoising step's ring; sequential mode has one for all steps.
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+    Slipping is sequential mode as published, a mistake not to be copied: its count of a chunk's passes starts with the
+    ring's first eviction, which the second pass of the frame that fills the ring sets off. From there on a chunk's
+    first pass writes to its own slot and the others to the next one, which the next chunk's first pass overwrites: a
+    chunk sees itself twice, and the past as the first pass left it. With one step there is no difference.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None, *, slipping: bool = False) -> None:
         self.spec = read_spec(folder)
         if self.spec.adapt_sink_threshold >= 0:
             raise ValueError(f"adapt_sink_threshold {self.spec.adapt_sink_threshold} must be negative: no refresh here")
         self.dtype = dtype or self.spec.torch_dtype()
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.dit, self.vae, inputs, self.noise = (
             {name: tensor.to(self.dtype) for name, tensor in load_file(folder / f"{part}.safetensors").items()}
             for part in ("dit", "vae", "inputs", "noise")
@@ -384,6 +393,7 @@ class Session:
         spec = self.spec
         self.ring = Ring(spec.layers, spec.num_kv_cache, spec.num_sink)
         self.control = NoiseControl(spec.noise_scale, spec.steps[0], spec.adaptive_noise, spec.noise_scale)
+        self.slipping = slipping
         self.results: dict[str, Tensor] = {}
 
     def mixed(self, chunk: int) -> tuple[Tensor, int]:
@@ -401,8 +411,9 @@ class Session:
         return (noisy.double() - sigma_of(timestep, self.spec.shift) * flow.double()).to(self.dtype)
 
     def renoised(self, chunk: int, clean: Tensor, step: int) -> Tensor:
-        sigma = sigma_of(self.spec.steps[step], self.spec.shift)
-        return (1 - sigma) * clean + sigma * self.noise[f"noise_{chunk:03d}_{step}"]
+        sigma = torch.tensor(sigma_of(self.spec.steps[step], self.spec.shift), dtype=self.wide)
+        noise = self.noise[f"noise_{chunk:03d}_{step}"]
+        return ((1 - sigma) * clean.to(self.wide) + sigma * noise.to(self.wide)).to(self.dtype)
 
     def finish(self, chunk: int, clean: Tensor) -> None:
         mean, std = (torch.tensor(each).to(self.dtype).view(-1, 1, 1, 1) for each in (LATENT_MEAN, LATENT_STD))
@@ -413,7 +424,9 @@ class Session:
     def all_steps(self, chunk: int) -> None:
         """One step after another over the same ring: the last one's K and V stay."""
         noisy, timestep = self.mixed(chunk)
+        self.ring.ahead = False
         clean = self.clean(chunk, noisy, timestep, self.ring)
+        self.ring.ahead = self.slipping
         for step in range(1, len(self.spec.steps)):
             clean = self.clean(chunk, self.renoised(chunk, clean, step), self.spec.steps[step], self.ring)
         self.finish(chunk, clean)
@@ -443,7 +456,7 @@ class Session:
 
 def run_bundle(folder: Path, mode: Mode, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All of a bundle's `latent_CCC` and `frames_CCC`, float32, computed in `dtype` (default: the bundle's)."""
-    session = Session(folder, dtype)
+    session = Session(folder, dtype, slipping=mode == "slipping")
     session.all_steps(0)
     if mode == "batch":
         session.stream_batch()
