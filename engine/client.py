@@ -23,8 +23,9 @@ from engine.api import (
     StreamCounters,
     StreamParams,
 )
-from engine.config import CHUNK_FRAMES, EngineSettings
-from engine.frame_memory import SLOTS_PER_STREAM, FrameLayout, FrameMemory
+from engine.chunks import ChunkCost, check_shape
+from engine.config import EngineSettings, ServingProfile
+from engine.frame_memory import FrameLayout, FrameMemory
 from engine.launch import RankProcess
 from engine.messages import (
     Close,
@@ -50,7 +51,6 @@ RESTART_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
 # This many deaths within BREAKER_WINDOW_S and the engine is given up: a person must look.
 BREAKER_DEATHS = 4
 BREAKER_WINDOW_S = 60.0
-COST_SMOOTHING = 0.1
 # A closed stream's memory comes back after the chunk being rendered, of whichever stream.
 REGION_TIMEOUT_S = 5.0
 
@@ -63,7 +63,7 @@ class LocalStream:
         self.region = region
         self.name = name
         self._engine = engine
-        self._free = list(range(SLOTS_PER_STREAM))
+        self._free = list(range(engine.memory.layout.slots))
         self._in_flight: dict[int, tuple[int, FrameChunk]] = {}
         self._results = ResultQueue(self.counters)
         self._revision = 0
@@ -72,10 +72,8 @@ class LocalStream:
         """See `EngineStream.submit`."""
         if self._results.error is not None:
             raise self._results.error
-        expected = (self._engine.settings.height, self._engine.settings.width, 3)
         count = len(chunk.frames)
-        if chunk.frames.shape[1:] != expected or not 1 <= count <= CHUNK_FRAMES:
-            raise ValueError(f"chunk of shape {chunk.frames.shape}, expected [1..{CHUNK_FRAMES}, {expected}]")
+        check_shape(chunk, self._engine.frame_size, self._engine.capacity)
         self.counters.submitted += 1
         if not self._free:
             self.counters.drop("no_slot", count)
@@ -102,6 +100,9 @@ class LocalStream:
     def on_done(self, message: Done) -> None:
         """The rank finished a chunk: copy it out of its slot, which is free again."""
         slot, chunk = self._in_flight.pop(message.chunk)
+        if message.fault:
+            self.counters.faults[message.fault] = self.counters.faults.get(message.fault, 0) + 1
+        self.counters.reanchored += message.reanchored
         frames = self._engine.memory.slot(self.region, slot, len(chunk.frames)).copy()
         self._free.append(slot)
         self._results.put(
@@ -113,6 +114,7 @@ class LocalStream:
                 revision=message.revision,
                 engine_started_at=message.started_at,
                 engine_finished_at=message.finished_at,
+                fault=message.fault,
             )
         )
 
@@ -138,7 +140,8 @@ class LocalEngine:
         self.memory: FrameMemory
         self.restarts = 0
         self._readiness = Readiness()
-        self._chunk_cost_s = 0.0
+        self._profile = ServingProfile()
+        self._cost = ChunkCost()
         self._rank: RankProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._regions_changed = asyncio.Condition()
@@ -153,7 +156,13 @@ class LocalEngine:
     @property
     def capacity(self) -> Capacity:
         """See `Engine.capacity`."""
-        return Capacity(self._chunk_cost_s, self.settings.max_streams, len(self._streams), CHUNK_FRAMES)
+        return Capacity(
+            chunk_cost_s=self._cost.chunk_cost_s,
+            max_streams=self.settings.max_streams,
+            open_streams=len(self._streams),
+            chunk_frames=self._profile.chunk_frames,
+            first_chunk_frames=self._profile.first_chunk_frames,
+        )
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -166,10 +175,9 @@ class LocalEngine:
         return self._rank.process.pid if self._rank else None
 
     async def start(self) -> None:
-        """See `Engine.start`. Raises FileNotFoundError for an unknown model, OSError without memory."""
-        _ = self.settings.model_dir
-        layout = FrameLayout(self.settings.max_streams, CHUNK_FRAMES, self.settings.height, self.settings.width)
-        self.memory = FrameMemory.create(layout)
+        """See `Engine.start`. Raises FileNotFoundError or ValueError for a wrong model, OSError without memory."""
+        self._profile = self.settings.profile
+        self.memory = FrameMemory.create(FrameLayout.of(self.settings))
         self._supervisor = asyncio.create_task(self._supervise(), name="engine/supervisor")
 
     async def close(self) -> None:
@@ -284,15 +292,17 @@ class LocalEngine:
     async def _handle(self, message: FromRank) -> None:
         match message:
             case Status():
-                self._chunk_cost_s = message.chunk_cost_s or self._chunk_cost_s
+                if message.chunk_cost_s:
+                    self._cost = ChunkCost(message.chunk_cost_s)
                 await self._set_status(EngineStatus(message.state, message.percent, message.detail))
             case Closed():
                 async with self._regions_changed:
                     self._free_regions.append(message.stream)
                     self._regions_changed.notify_all()
             case Done():
-                cost = message.finished_at - message.started_at
-                self._chunk_cost_s += COST_SMOOTHING * (cost - self._chunk_cost_s)
+                # A withheld chunk may have cost nothing: no measure of what the next one will.
+                if not message.fault:
+                    self._cost.on_done(message.started_at, message.finished_at)
                 if stream := self._streams.get(message.stream):
                     stream.on_done(message)
             case Dropped():

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -29,16 +30,24 @@ from engine.api import (
     StreamCounters,
     StreamParams,
 )
+from engine.chunks import check_shape
 from engine.config import CHUNK_FRAMES
 from engine.readiness import Readiness
 from engine.results import ResultQueue
 from engine.scheduler import Drop, Item, Scheduler
 
+# A loading fake tells its progress in steps of this.
+LOAD_PERCENT = 5
+
 
 def tint(frames: Frames, params: StreamParams) -> Frames:
-    """The fake style of [T, H, W, 3]: inverted, then mixed with the prompt's colour; strength 0 is the input."""
-    digest = zlib.crc32(params.prompt.encode())
-    colour = np.array([digest & 255, digest >> 8 & 255, digest >> 16 & 255], np.float32)
+    """The fake style of [T, H, W, 3]: inverted, then mixed with the prompts' colour; strength 0 is the input."""
+    total = sum(prompt.weight for prompt in params.prompts)
+    colour = np.zeros(3, np.float32)
+    for prompt in params.prompts:
+        digest = zlib.crc32(prompt.text.encode())
+        own = np.array([digest & 255, digest >> 8 & 255, digest >> 16 & 255], np.float32)
+        colour += np.float32(prompt.weight / total) * own
     styled = 0.6 * (255.0 - frames) + 0.4 * colour
     mixed = frames + params.strength * (styled - frames)
     return (mixed + 0.5).clip(0, 255).astype(np.uint8)
@@ -57,6 +66,8 @@ class FakeStream:
         self.waiting: dict[int, FrameChunk] = {}
         self.revision = 0
         self.pending: tuple[int, StreamParams] | None = None
+        # Rendered, but inside until as many newer ones have been taken up as the engine holds.
+        self.held: deque[tuple[FrameChunk, Frames, int, float, str]] = deque()
         self.results = ResultQueue(self.counters)
         self._updates = 0
 
@@ -64,9 +75,7 @@ class FakeStream:
         """See `EngineStream.submit`."""
         if self.results.error is not None:
             raise self.results.error
-        width, height = self.engine.frame_size
-        if chunk.frames.shape[1:] != (height, width, 3) or not 1 <= len(chunk.frames) <= CHUNK_FRAMES:
-            raise ValueError(f"chunk of shape {chunk.frames.shape}, expected [1..4, {height}, {width}, 3]")
+        check_shape(chunk, self.engine.frame_size, self.engine.capacity)
         self.counters.submitted += 1
         self.waiting[chunk.index] = chunk
         self.engine.push(Item(self.number, chunk.index, 0, len(chunk.frames), chunk.deadline))
@@ -95,6 +104,10 @@ class FakeEngine:
     """The contract of `engine.api.Engine` in this process.
 
     delay_s: how long a chunk takes; may be changed while it runs. load_s: how long `start` takes to become ready.
+    first_chunk_frames: of a stream's first chunk. held_chunks: a chunk comes back when this many newer ones have been
+        taken up, as in mode `batch` with one step more.
+    fault: while not empty, chunks come back as the camera's own with this reason. reanchor: the next chunk that
+        comes back has begun its stream's cache anew.
     """
 
     def __init__(
@@ -105,10 +118,16 @@ class FakeEngine:
         delay_s: float = 0.02,
         load_s: float = 0.0,
         max_streams: int = 4,
+        first_chunk_frames: int = 1,
+        held_chunks: int = 0,
     ) -> None:
         self.delay_s = delay_s
         self.load_s = load_s
         self.max_streams = max_streams
+        self.first_chunk_frames = first_chunk_frames
+        self.held_chunks = held_chunks
+        self.fault = ""
+        self.reanchor = False
         self.streams: dict[int, FakeStream] = {}
         self._size = (width, height)
         self._readiness = Readiness()
@@ -124,7 +143,7 @@ class FakeEngine:
     @property
     def capacity(self) -> Capacity:
         """See `Engine.capacity`."""
-        return Capacity(self.delay_s, self.max_streams, len(self.streams), CHUNK_FRAMES)
+        return Capacity(self.delay_s, self.max_streams, len(self.streams), CHUNK_FRAMES, self.first_chunk_frames)
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -179,8 +198,9 @@ class FakeEngine:
         self._work.set()
 
     async def _run(self) -> None:
-        await self._readiness.set(EngineStatus(EngineState.LOADING, 10, "loading the fake"))
-        await asyncio.sleep(self.load_s)
+        for percent in range(0, 100, LOAD_PERCENT):
+            await self._readiness.set(EngineStatus(EngineState.LOADING, percent, "loading the fake"))
+            await asyncio.sleep(self.load_s * LOAD_PERCENT / 100)
         await self._readiness.set(EngineStatus(EngineState.READY, 100))
         while True:
             item, drops = self._scheduler.pick(time.monotonic(), self.delay_s)
@@ -197,19 +217,33 @@ class FakeEngine:
             stream.revision, stream.params = stream.pending
             stream.pending = None
         chunk = stream.waiting[item.chunk]
-        frames = tint(chunk.frames, stream.params)
+        frames = chunk.frames if self.fault else tint(chunk.frames, stream.params)
+        stream.held.append((chunk, frames, stream.revision, started, self.fault))
         await asyncio.sleep(self.delay_s)
-        if stream.waiting.pop(item.chunk, None) is None:
+        while len(stream.held) > self.held_chunks:
+            self._hand_back(stream, *stream.held.popleft())
+
+    def _hand_back(
+        self, stream: FakeStream, chunk: FrameChunk, frames: Frames, revision: int, started: float, fault: str
+    ) -> None:
+        if stream.waiting.pop(chunk.index, None) is None:
             return
+        counters = stream.counters
+        if fault:
+            counters.faults[fault] = counters.faults.get(fault, 0) + 1
+        if self.reanchor:
+            counters.reanchored += 1
+            self.reanchor = False
         stream.results.put(
             RenderedChunk(
                 index=chunk.index,
                 frames=frames,
                 frame_indices=chunk.frame_indices,
                 captured_at=chunk.captured_at,
-                revision=stream.revision,
+                revision=revision,
                 engine_started_at=started,
                 engine_finished_at=time.monotonic(),
+                fault=fault,
             )
         )
 

@@ -14,29 +14,44 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.api import Frames
+from engine.config import MAX_STEPS, EngineSettings
 
 # One chunk being rendered, two waiting (the scheduler's bound), one being filled or read by the server.
 SLOTS_PER_STREAM = 4
+# In mode `batch` a chunk stays in the rank until the last of its steps, with the steps of newer ones beside it.
+BATCH_SLOTS_PER_STREAM = SLOTS_PER_STREAM + MAX_STEPS - 1
 
 
 @dataclass(frozen=True, slots=True)
 class FrameLayout:
-    """Shape of the arena: streams x SLOTS_PER_STREAM slots of [chunk_frames, height, width, 3] uint8."""
+    """Shape of the arena: streams x slots of [slot_frames, height, width, 3] uint8."""
 
     streams: int
-    chunk_frames: int
+    slot_frames: int
     height: int
     width: int
+    slots: int = SLOTS_PER_STREAM
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> FrameLayout:
+        """The layout that server and rank both derive from the settings: a slot holds the longer kind of chunk.
+
+        Raises: FileNotFoundError or ValueError for a model folder that is not one.
+        """
+        profile = settings.profile
+        slots = BATCH_SLOTS_PER_STREAM if settings.mode == "batch" else SLOTS_PER_STREAM
+        slot_frames = max(profile.chunk_frames, profile.first_chunk_frames)
+        return cls(settings.max_streams, slot_frames, settings.height, settings.width, slots)
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one chunk."""
-        return self.chunk_frames * self.height * self.width * 3
+        """Bytes of one slot."""
+        return self.slot_frames * self.height * self.width * 3
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole arena."""
-        return self.streams * SLOTS_PER_STREAM * self.slot_bytes
+        return self.streams * self.slots * self.slot_bytes
 
 
 class FrameMemory:
@@ -65,7 +80,7 @@ class FrameMemory:
     def slot(self, stream: int, slot: int, frames: int) -> Frames:
         """A writable view of the first `frames` frames of a slot: [frames, height, width, 3]."""
         layout = self.layout
-        offset = (stream * SLOTS_PER_STREAM + slot) * layout.slot_bytes
+        offset = (stream * layout.slots + slot) * layout.slot_bytes
         shape = (frames, layout.height, layout.width, 3)
         return np.ndarray(shape, np.uint8, buffer=self._map, offset=offset)
 

@@ -1,11 +1,13 @@
 """The contract of engine.api, kept by the fake and by a real rank process alike."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -22,9 +24,12 @@ from engine.api import (
     RenderedChunk,
     StreamParams,
 )
-from engine.client import LocalEngine
+from engine.chunks import ChunkCost
+from engine.client import LocalEngine, LocalStream
 from engine.config import EngineSettings
-from engine.fake import FakeEngine
+from engine.fake import FakeEngine, tint
+from engine.frame_memory import FrameLayout, FrameMemory
+from engine.messages import Done
 
 SIZE = 64
 FAR = 1e12
@@ -221,3 +226,110 @@ async def test_a_damaged_model_fails_once_with_its_reason(model_dir: Path, tmp_p
         assert engine.restarts == 0 and engine.status.state is EngineState.FAILED
     finally:
         await engine.close()
+
+
+# --- models that want to be served in their own way
+
+
+def serving(folder: Path, model_dir: Path, **serving: object) -> Path:
+    """A copy of the model folder whose config.json says how it wants to be served."""
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"serving": serving}))
+    return folder
+
+
+def settings_of(model: Path, mode: Literal["sequential", "batch"] = "sequential") -> EngineSettings:
+    return EngineSettings(model=str(model), width=SIZE, height=SIZE, max_streams=2, mode=mode)
+
+
+def test_slots_hold_the_longer_kind_of_chunk_and_those_inside_a_batch(model_dir: Path, tmp_path: Path) -> None:
+    tiny = FrameLayout.of(settings_of(model_dir))
+    assert tiny == FrameLayout(2, 4, SIZE, SIZE) and tiny.slots == 4
+    wan = serving(tmp_path / "wan", model_dir, first_chunk_frames=5)
+    assert FrameLayout.of(settings_of(wan)) == FrameLayout(2, 5, SIZE, SIZE)
+    assert FrameLayout.of(settings_of(wan, "batch")).slots == 7
+
+
+def test_no_two_slots_share_a_byte() -> None:
+    layout = FrameLayout(2, 5, 16, 16, slots=7)
+    memory = FrameMemory.create(layout)
+    views = [memory.slot(stream, slot, 5) for stream in range(2) for slot in range(7)]
+    for number, view in enumerate(views):
+        view[:] = number
+    assert [int(view.min()) for view in views] == [int(view.max()) for view in views] == list(range(14))
+    del views, view
+    memory.close()
+
+
+async def test_a_first_chunk_of_five_comes_back_whole_and_other_lengths_are_refused() -> None:
+    engine = FakeEngine(SIZE, SIZE, delay_s=0.0, first_chunk_frames=5)
+    await engine.start()
+    await engine.wait_ready()
+    assert (engine.capacity.first_chunk_frames, engine.capacity.chunk_frames) == (5, 4)
+    async with engine.open_stream("s", StreamParams(prompt="neon")) as stream:
+        for wrong in (1, 3, 6):
+            with pytest.raises(ValueError, match=r"expected \[4 or 5, 64, 64, 3\]"):
+                stream.submit(chunk(0, frames=wrong))
+        rendered = await render(stream, [chunk(0, frames=5), chunk(1)])
+    assert [len(one.frames) for one in rendered] == [5, 4]
+    await engine.close()
+
+
+async def test_a_batch_hands_chunks_back_late_in_order_and_unmixed() -> None:
+    engine = FakeEngine(SIZE, SIZE, delay_s=0.0, held_chunks=2)
+    await engine.start()
+    await engine.wait_ready()
+    async with engine.open_stream("s", StreamParams(prompt="neon")) as stream:
+        sent = [chunk(index) for index in range(5)]
+        for one in sent:
+            stream.submit(one)
+            await asyncio.sleep(0.01)
+        back = [await next_chunk(stream) for _ in range(3)]
+        assert stream.counters.rendered == 3
+    for before, after in zip(sent, back, strict=False):
+        assert before.index == after.index
+        np.testing.assert_array_equal(after.frames, tint(before.frames, StreamParams(prompt="neon")))
+    await engine.close()
+
+
+def rank_says(*messages: Done) -> tuple[LocalStream, list[RenderedChunk]]:
+    """What a stream makes of a rank's answers to chunks it was given, without a rank."""
+    engine = LocalEngine(EngineSettings(width=SIZE, height=SIZE, max_streams=1))
+    engine.memory = FrameMemory.create(FrameLayout.of(engine.settings))
+    stream = LocalStream(engine, 0, "s")
+    for message in messages:
+        stream.submit(chunk(message.chunk))
+        stream.on_done(message)
+    rendered = list(stream._results._chunks)
+    engine.memory.close()
+    return stream, rendered
+
+
+def test_faults_and_new_beginnings_are_counted_and_named() -> None:
+    done = Done(stream=0, chunk=0, slot=3, revision=0, started_at=1.0, finished_at=1.1)
+    faulty = done.model_copy(update={"chunk": 1, "fault": "nan"})
+    anew = done.model_copy(update={"chunk": 2, "reanchored": True})
+    stream, rendered = rank_says(done, faulty, anew)
+    assert [one.fault for one in rendered] == ["", "nan", ""]
+    np.testing.assert_array_equal(rendered[1].frames, chunk(1).frames)
+    assert (stream.counters.faults, stream.counters.reanchored) == ({"nan": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "cost_s"),
+    [
+        ([(float(i), i + 0.2) for i in range(80)], 0.2),  # one at a time
+        # A batch of two steps: a chunk is done in the pass that takes the next one up.
+        ([(float(i), i + 1.2) for i in range(80)], 0.2),
+        # Three steps, the rank never idle.
+        ([(0.3 * i, 0.3 * i + 0.9) for i in range(80)], 0.3),
+        # Two streams in one pass.
+        ([(float(i // 2), i // 2 + 0.4) for i in range(160)], 0.2),
+    ],
+)
+def test_the_cost_of_a_chunk_is_the_engines_time_not_its_stay(chunks: list[tuple[float, float]], cost_s: float) -> None:
+    cost = ChunkCost(1.0)
+    for started_at, finished_at in chunks:
+        cost.on_done(started_at, finished_at)
+    assert cost.chunk_cost_s == pytest.approx(cost_s, rel=0.02)
