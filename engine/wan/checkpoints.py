@@ -11,15 +11,18 @@ from neighbours into halves (engine.wan.rope) by the order of the rows of q, k a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -43,6 +46,15 @@ _MARKS: dict[str, tuple[Part, Literal["original", "diffusers"]]] = {
 
 class WeightsError(EngineError):
     """A model file or folder that cannot be used; the text names the file and what is wrong with it."""
+
+
+class FileRecord(BaseModel):
+    """What config.json says of a weights file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: PositiveInt
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 @dataclass(frozen=True)
@@ -359,8 +371,9 @@ class LazyTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         """Open the file. Raises: WeightsError, naming it."""
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            self._names = tuple(self._file.keys())
+            self.path = path
+            self._file = cast("Any", safe_open(path, framework="pt"))
+            self._names: tuple[str, ...] = tuple(self._file.keys())
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
         except SafetensorError as error:
@@ -369,6 +382,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
         return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, without reading any."""
+        return {key: tuple(self._file.get_slice(key).get_shape()) for key in self._names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -405,3 +422,56 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}, must be a mapping of names to tensors")
     return dict(loaded)
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor_of: Callable[[str], Tensor],
+    progress: Callable[[int], None] | None = None,
+) -> FileRecord:
+    """Write a safetensors file tensor by tensor, so that what is written need never be in memory as a whole.
+
+    The library's own writer wants all tensors at once: 28 GB for the 14B transformer.
+
+    Args:
+        specs: dtype and shape of each tensor, in the order they are written.
+        tensor_of: gives a tensor by name; it is cast to its dtype.
+        progress: told the bytes written, after each tensor.
+
+    Raises: OSError; ValueError for a tensor of another shape.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in specs.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    # The data starts at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    digest, written = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in (len(encoded).to_bytes(8, "little"), encoded):
+            file.write(part)
+            digest.update(part)
+        for key, (dtype, shape) in specs.items():
+            tensor = tensor_of(key)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{key} is {tuple(tensor.shape)}, must be {shape}")
+            content = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+            written += len(content)
+            if progress is not None:
+                progress(written)
+    return FileRecord(size_bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file, read through. Raises: OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(size_bytes=path.stat().st_size, sha256=digest)

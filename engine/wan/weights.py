@@ -1,23 +1,43 @@
-"""A model on disk: config.json, model.safetensors, styles.json and README.md in one folder, read strictly.
+"""A model on disk, read strictly: config.json, styles.json, README.md and the weights, in one of two forms.
 
-Keys in the weights file carry a prefix: `transformer.`, `vae.` or `text.`. Floating point weights are stored in
-float16 and loaded in the dtype asked for; latent statistics stay float32.
+The embedded model is one file, model.safetensors, whose keys carry a prefix: `transformer.`, `vae.` or `text.`.
+Floating point weights are stored in float16 and loaded in the dtype asked for; latent statistics stay float32. It is
+small, so its hash is checked each time.
+
+A Wan model is several: transformer.safetensors (our names), vae.safetensors and taehv.safetensors (published names)
+and the folder text_encoder. They are mapped, not read, and go to the device tensor by tensor: the model is never in
+memory twice. Loading checks their sizes and every key; `verify_model` (`livebrush models verify`) also their hashes.
 """
 
-import hashlib
+from __future__ import annotations
+
+import importlib
+import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.api import EngineError
+from engine.config import WAN_SAMPLING, WAN_SERVING, CacheConfig, LoraFile, SamplingConfig, ServingProfile
+from engine.text_service import TEXT_ENCODER_DIR, TextService
+from engine.wan.checkpoints import (
+    FileRecord,
+    LazyTensors,
+    WeightsError,
+    check_shapes,
+    file_record,
+    transformer_rules,
+    write_tensors,
+)
+from engine.wan.lora import read_loras
 from engine.wan.presets import TransformerConfig
 from engine.wan.text_encoder import (
     SCALE_KEY,
@@ -26,19 +46,42 @@ from engine.wan.text_encoder import (
     StaticTextEncoder,
     Style,
     StyleIndex,
+    TextEncoder,
 )
 from engine.wan.transformer import CausalTransformer
+from engine.wan.umt5 import TOKENIZER_FILE, read_umt5_config, umt5_names
+from engine.wan.umt5 import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
 from engine.wan.vae import TinyVAE, TinyVAEConfig
+from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
+from engine.wan.wan_vae import WanVAE
 
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "TextParts",
+    "WeightsError",
+    "load_model",
+    "quantise",
+    "read_config",
+    "save_model",
+    "save_wan_model",
+    "verify_model",
+]
 CONFIG_FILE, WEIGHTS_FILE, STYLES_FILE, CARD_FILE = "config.json", "model.safetensors", "styles.json", "README.md"
+TRANSFORMER_FILE, VAE_FILE, LIGHT_VAE_FILE = "transformer.safetensors", "vae.safetensors", "taehv.safetensors"
 T = TypeVar("T")
+VAE = TinyVAE | WanVAE
+Progress = Callable[[float, str], None]
+_Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 _STYLES = TypeAdapter(tuple[Style, ...])
 # Saved as they are: float16 would round what every pixel passes through.
 _EXACT = ("vae.latent_mean", "vae.latent_std")
 
 
-class WeightsError(EngineError):
-    """A model folder that cannot be used; the text names the file and what is wrong with it."""
+def _kind_of_vae(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "wan" if "z_dim" in value else "tiny"
+    return "wan" if isinstance(value, WanVAEConfig) else "tiny"
 
 
 class ModelConfig(BaseModel):
@@ -49,46 +92,265 @@ class ModelConfig(BaseModel):
     format: Literal[1] = Field(default=1, description="version of this layout")
     name: str = Field(min_length=1)
     transformer: TransformerConfig
-    vae: TinyVAEConfig
-    shift: float = Field(default=1.0, gt=0, description="of the noise levels, see engine.flow_match.sigma_table")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of model.safetensors")
+    vae: Annotated[
+        Annotated[TinyVAEConfig, Tag("tiny")] | Annotated[WanVAEConfig, Tag("wan")], Discriminator(_kind_of_vae)
+    ] = Field(description="the autoencoder: Wan's, which has `z_dim`, or the embedded model's")
+    light_vae: TAEHVConfig | None = Field(default=None, description="Wan: what taehv.safetensors holds, if it is there")
+    text: Literal["table", "umt5"] = Field(default="table", description="how a prompt becomes states")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="how chunks are noised and denoised")
+    cache: CacheConfig = Field(default=CacheConfig(), description="positions and sinks of the KV cache")
+    serving: ServingProfile = Field(default=ServingProfile(), description="rate, sizes and steps it is good at")
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of model.safetensors, where it is all")
+    files: dict[str, FileRecord] = Field(default={}, description="the weights files else, by path in the folder")
+    source: dict[str, str] = Field(default={}, description="where each part came from, for people")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        channels = self.vae.z_dim if isinstance(self.vae, WanVAEConfig) else self.vae.latent_channels
+        if channels != self.transformer.latent_channels:
+            raise ValueError(
+                f"the VAE has {channels} latent channels, the transformer {self.transformer.latent_channels}: "
+                "they must be equal"
+            )
+        if bool(self.sha256) == bool(self.files):
+            raise ValueError("give either sha256, for a model in one file, or files")
+        return self
 
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that is shared between streams, on one device; weights only, no stream state."""
+    """Everything that is shared between streams, on one device; weights only, no stream state.
+
+    Close `text` when done: it may be a process.
+    """
 
     config: ModelConfig
     transformer: CausalTransformer
-    vae: TinyVAE
-    text: StaticTextEncoder
+    vae: VAE
+    text: TextEncoder
     styles: StyleIndex
     device: torch.device
     dtype: torch.dtype
 
 
-def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Model:
+def read_config(folder: Path) -> ModelConfig:
+    """config.json of a model folder. Raises: WeightsError, naming the file."""
+    return _read(folder / CONFIG_FILE, TypeAdapter(ModelConfig))
+
+
+def load_model(
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vae: Literal["auto", "full", "light"] = "auto",
+    loras: Sequence[LoraFile] = (),
+    fp8: bool = False,
+    text_device: str = "cpu",
+    progress: Progress | None = None,
+) -> Model:
     """Read and check a model folder.
 
-    Raises: WeightsError for a missing or damaged file, a wrong hash, or keys that are missing, unexpected or of
-        a wrong shape (all of them are named).
+    Args:
+        vae: of Wan: its own, or the light one; auto: light where the folder has it.
+        loras: merged into the transformer's weights.
+        fp8: turn the linear layers of the blocks to float8, see `quantise`.
+        text_device: where Wan's text encoder goes; its process is started here and loads on its own.
+        progress: told the share of the weights loaded, 0 to 1, and what comes next.
+
+    Raises: WeightsError for a missing or damaged file, a wrong size or hash, or keys that are missing, unexpected or
+        of a wrong shape (all of them are named); EngineError for fp8 without what it needs.
     """
-    config = _read(folder / CONFIG_FILE, TypeAdapter(ModelConfig))
+    config = read_config(folder)
     styles = _read(folder / STYLES_FILE, _STYLES)
-    tensors = _read_weights(folder / WEIGHTS_FILE, config.sha256)
+    target = _Target(torch.device(device), dtype, progress or _silent)
+    if fp8:
+        _check_float8(target.device)
+    table: StaticTextEncoder | None = None
+    autoencoder: VAE
+    if isinstance(config.vae, WanVAEConfig):
+        transformer, autoencoder = _load_wan(folder, config, target, vae, loras)
+    elif loras:
+        raise EngineError(f"LoRA files are for Wan transformers; {config.name} is none: leave loras out")
+    else:
+        transformer, autoencoder, table = _load_single(folder, config, config.vae, target)
+    for module in (transformer, autoencoder):
+        module.to(target.device).eval().requires_grad_(False)
+    if fp8:
+        target.progress(1.0, "quantising to float8")
+        quantise(transformer)
+    text = table or TextService(folder, config.transformer.text_len, config.transformer.text_dim, device=text_device)
+    return Model(config, transformer, autoencoder, text, StyleIndex(table, styles), target.device, dtype)
+
+
+@dataclass(frozen=True)
+class _Target:
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+
+
+def _silent(share: float, what: str) -> None:
+    """Progress that nobody asked for."""
+
+
+def _load_single(
+    folder: Path, config: ModelConfig, vae_config: TinyVAEConfig, target: _Target
+) -> tuple[CausalTransformer, TinyVAE, StaticTextEncoder]:
+    path = folder / WEIGHTS_FILE
+    tensors = _read_weights(path, config.sha256)
     # Built without memory or random numbers, then given the file's tensors.
     with torch.device("meta"):
-        transformer, vae = CausalTransformer(config.transformer), TinyVAE(config.vae)
-    _check_keys(folder / WEIGHTS_FILE, tensors, _expected(transformer, vae), config.transformer.text_dim)
+        transformer, vae = CausalTransformer(config.transformer), TinyVAE(vae_config)
+    _check_keys(path, tensors, _expected(transformer, vae), config.transformer.text_dim)
     for prefix, module in (("transformer.", transformer), ("vae.", vae)):
-        own = {key: tensors[prefix + key].to(device, dtype) for key in module.state_dict()}
+        own = {key: tensors[prefix + key].to(target.device, target.dtype) for key in module.state_dict()}
         module.load_state_dict(own, assign=True)
-        module.eval().requires_grad_(False)
     try:
         text = StaticTextEncoder.from_tensors(_below("text.", tensors), config.transformer.text_len)
     except ValueError as error:
-        raise WeightsError(f"{folder / WEIGHTS_FILE}: {error}; restore the model folder") from error
-    return Model(config, transformer, vae, text, StyleIndex(text, styles), torch.device(device), dtype)
+        raise WeightsError(f"{path}: {error}; restore the model folder") from error
+    return transformer, vae, text
+
+
+def _load_wan(
+    folder: Path,
+    config: ModelConfig,
+    target: _Target,
+    which: Literal["auto", "full", "light"],
+    loras: Sequence[LoraFile],
+) -> tuple[CausalTransformer, VAE]:
+    light = which == "light" or (which == "auto" and config.light_vae is not None)
+    if light and config.light_vae is None:
+        raise WeightsError(
+            f"{folder} has no {LIGHT_VAE_FILE}: choose vae full, or add it by `livebrush models convert`"
+        )
+    with torch.device("meta"):
+        transformer, vae = CausalTransformer(config.transformer), _autoencoder(config, light=light)
+    files = [
+        (_open(folder, TRANSFORMER_FILE, config), transformer, read_loras(loras, config.transformer)),
+        (_open(folder, LIGHT_VAE_FILE if light else VAE_FILE, config), vae, None),
+    ]
+    for file, module, _ in files:
+        check_shapes(_shapes(module.state_dict()), file.shapes(), f"{file.path}")
+    total = sum(file.path.stat().st_size for file, _, _ in files)
+    done = 0
+    for file, module, deltas in files:
+        placed = {}
+        for key in file:
+            target.progress(done / total, f"loading {file.path.name}")
+            tensor = file[key]
+            done += tensor.numel() * tensor.element_size()
+            tensor = tensor.to(target.device)
+            placed[key] = (tensor if deltas is None else deltas.apply(key, tensor)).to(target.dtype)
+        module.load_state_dict(placed, assign=True)
+    return transformer, vae
+
+
+def _autoencoder(config: ModelConfig, *, light: bool) -> VAE:
+    assert isinstance(config.vae, WanVAEConfig)
+    if light:
+        assert config.light_vae is not None
+        light_vae: VAE = importlib.import_module("engine.wan.taehv").TAEHV(config.light_vae)
+        return light_vae
+    return WanVAE(config.vae)
+
+
+def _open(folder: Path, name: str, config: ModelConfig) -> LazyTensors:
+    """A weights file of the size config.json says. Raises: WeightsError."""
+    path, record = folder / name, config.files.get(name)
+    if record is None:
+        raise WeightsError(f"{folder / CONFIG_FILE} lists no {name}: convert the model again")
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}; restore the model folder") from error
+    if found != record.size_bytes:
+        raise WeightsError(
+            f"{path} has {found} bytes, {CONFIG_FILE} says {record.size_bytes}: copy or convert it again"
+        )
+    return LazyTensors(path)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def verify_model(folder: Path, progress: Progress | None = None) -> ModelConfig:
+    """Check a model folder wholly: configuration, size, hash and every key of each weights file.
+
+    Raises: WeightsError naming every fault of the first kind found: configuration, missing files, hashes, keys.
+    """
+    report = progress or _silent
+    config = read_config(folder)
+    _read(folder / STYLES_FILE, _STYLES)
+    if isinstance(config.vae, TinyVAEConfig):
+        report(0.0, WEIGHTS_FILE)
+        load_model(folder, "cpu")
+        return config
+    expected = _wan_shapes(folder, config)
+    opened = {name: _open(folder, name, config) for name in expected}
+    faults = []
+    for done, (name, record) in enumerate(config.files.items()):
+        report(done / len(config.files), name)
+        try:
+            found = file_record(folder / name)
+        except OSError as error:
+            raise WeightsError(f"cannot read {folder / name}: {error.strerror}; restore the model folder") from error
+        if found != record:
+            faults.append(
+                f"{name} has {found.size_bytes} bytes and SHA-256 {found.sha256}, {CONFIG_FILE} says "
+                f"{record.size_bytes} and {record.sha256}"
+            )
+    if faults:
+        raise WeightsError(f"{folder}: {'; '.join(faults)}; download or convert the model again")
+    for name, file in opened.items():
+        check_shapes(expected[name], file.shapes(), f"{folder / name}")
+    return config
+
+
+def _wan_shapes(folder: Path, config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What each weights file of a Wan folder must hold."""
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            TRANSFORMER_FILE: CausalTransformer(config.transformer),
+            VAE_FILE: _autoencoder(config, light=False),
+        }
+        if config.light_vae is not None:
+            modules[LIGHT_VAE_FILE] = _autoencoder(config, light=True)
+    expected = {name: _shapes(module.state_dict()) for name, module in modules.items()}
+    text = f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"
+    if text in config.files:
+        names = umt5_names(read_umt5_config(folder / TEXT_ENCODER_DIR))
+        expected[text] = {key: source.shape for key, source in names.items()}
+    return expected
+
+
+def _check_float8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise EngineError(f"fp8 needs an NVIDIA GPU; the device is {device}: leave fp8 out")
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise EngineError(f"fp8 needs a GPU from Ada (compute capability 8.9) on; {name} is older: leave fp8 out")
+    if importlib.util.find_spec("torchao") is None:
+        raise EngineError(
+            "fp8 needs torchao, which Livebrush does not install: `pip install torchao`, or leave fp8 out"
+        )
+
+
+def quantise(transformer: CausalTransformer) -> None:
+    """Turn the linear layers of the blocks to float8: weights by row, activations by row as they come.
+
+    Halves the blocks' weights. Embeddings and the head, which see the widest values, stay. Imports torchao, which is
+    no dependency. Never run by us on a GPU.
+    """
+    quantization = importlib.import_module("torchao.quantization")
+    settings = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    quantization.quantize_(
+        transformer,
+        settings,
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.startswith("blocks."),
+    )
 
 
 def save_model(
@@ -96,17 +358,22 @@ def save_model(
     *,
     name: str,
     transformer: CausalTransformer,
-    vae: TinyVAE,
-    text: StaticTextEncoder,
+    vae: VAE,
+    text: TextEncoder,
     styles: Sequence[Style],
     card: str,
-    shift: float = 1.0,
+    sampling: SamplingConfig | None = None,
+    serving: ServingProfile | None = None,
 ) -> ModelConfig:
-    """Write a model folder that `load_model` reads; config.json last, so that an interrupted save does not load.
+    """Write the folder of a model in one file; config.json last, so that an interrupted save does not load.
 
     Args:
         card: the model card, Markdown, written to README.md.
+
+    Raises: TypeError for the parts of a Wan model, which `save_wan_model` takes.
     """
+    if not isinstance(vae, TinyVAE) or not isinstance(text, StaticTextEncoder):
+        raise TypeError("one file holds a TinyVAE and a text table; a Wan model is saved by save_wan_model")
     folder.mkdir(parents=True, exist_ok=True)
     modules = {"transformer.": transformer.state_dict(), "vae.": vae.state_dict()}
     tensors = {
@@ -114,19 +381,132 @@ def save_model(
     }
     tensors |= {f"text.{key}": tensor.cpu().contiguous() for key, tensor in text.to_tensors().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
-    (folder / STYLES_FILE).write_text(
-        json.dumps([style.model_dump(mode="json") for style in styles], indent=2) + "\n", encoding="utf-8"
-    )
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    _write_texts(folder, styles, card)
     config = ModelConfig(
         name=name,
         transformer=transformer.config,
         vae=vae.config,
-        shift=shift,
-        sha256=_sha256(folder / WEIGHTS_FILE),
+        sampling=sampling or SamplingConfig(),
+        serving=serving or ServingProfile(),
+        sha256=file_record(folder / WEIGHTS_FILE).sha256,
     )
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _write_config(folder, config)
     return config
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """A text encoder to be saved: its tensors under transformers' names, its config.json and its tokenizer.json."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, object]
+    tokenizer: bytes
+
+
+def save_wan_model(
+    folder: Path,
+    *,
+    name: str,
+    transformer: tuple[TransformerConfig, Mapping[str, Tensor]],
+    vae: tuple[WanVAEConfig, Mapping[str, Tensor]],
+    light_vae: tuple[TAEHVConfig, Mapping[str, Tensor]] | None = None,
+    text: TextParts | None = None,
+    sampling: SamplingConfig = WAN_SAMPLING,
+    cache: CacheConfig | None = None,
+    serving: ServingProfile = WAN_SERVING,
+    styles: Sequence[Style] = (),
+    card: str = "",
+    source: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """Write the folder of a Wan model, one tensor at a time; config.json last, so an interrupted save does not load.
+
+    Args:
+        transformer, vae, light_vae: configuration, and tensors under original or published names, which may be
+            mapped files.
+        text: left out, the model only knows prompts whose states it is given.
+        dtype: of the transformer; the other parts keep their tensors' own.
+        progress: told the share of the bytes written, 0 to 1, and the file.
+
+    Raises: WeightsError naming what a part misses, has too much or in a wrong shape; OSError.
+    """
+    report = progress or _silent
+    transformer_config, original = transformer
+    rules = {rule.key: rule for rule in transformer_rules(transformer_config)}
+    check_shapes(
+        {source.key: source.shape for rule in rules.values() for source in rule.sources},
+        _shapes(original),
+        "the transformer",
+    )
+    parts: dict[str, tuple[_Specs, Callable[[str], Tensor]]] = {
+        TRANSFORMER_FILE: (
+            {key: (dtype, rule.shape) for key, rule in rules.items()},
+            lambda key: rules[key].build(original),
+        )
+    }
+    with torch.device("meta"):
+        wanted = {VAE_FILE: (WanVAE(vae[0]).state_dict(), vae[1])}
+        if light_vae is not None:
+            wanted[LIGHT_VAE_FILE] = (
+                importlib.import_module("engine.wan.taehv").TAEHV(light_vae[0]).state_dict(),
+                light_vae[1],
+            )
+    for file, (expected, tensors) in wanted.items():
+        check_shapes(_shapes(expected), _shapes(tensors), f"the VAE for {file}")
+        parts[file] = ({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in expected}, tensors.__getitem__)
+    folder.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        names = umt5_names(text.config)
+        check_shapes({key: src.shape for key, src in names.items()}, _shapes(text.tensors), "the text encoder")
+        (folder / TEXT_ENCODER_DIR).mkdir(exist_ok=True)
+        (folder / TEXT_ENCODER_DIR / CONFIG_FILE).write_text(json.dumps(dict(text.config), indent=2) + "\n")
+        (folder / TEXT_ENCODER_DIR / TOKENIZER_FILE).write_bytes(text.tokenizer)
+        specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in text.tensors.items()}
+        parts[f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"] = (specs, text.tensors.__getitem__)
+    total = sum(_spec_bytes(specs) for specs, _ in parts.values())
+    done, files = 0, {}
+    for file, (specs, tensor_of) in parts.items():
+        files[file] = write_tensors(
+            folder / file,
+            specs,
+            tensor_of,
+            lambda written, file=file, before=done: report((before + written) / total, f"writing {file}"),  # type: ignore[misc]
+        )
+        done += _spec_bytes(specs)
+    if text is not None:
+        for file in (CONFIG_FILE, TOKENIZER_FILE):
+            files[f"{TEXT_ENCODER_DIR}/{file}"] = file_record(folder / TEXT_ENCODER_DIR / file)
+    _write_texts(folder, styles, card)
+    config = ModelConfig(
+        name=name,
+        transformer=transformer_config,
+        vae=vae[0],
+        light_vae=light_vae and light_vae[0],
+        text="umt5",
+        sampling=sampling,
+        cache=cache or CacheConfig(),
+        serving=serving,
+        files=files,
+        source=dict(source or {}),
+    )
+    _write_config(folder, config)
+    return config
+
+
+def _spec_bytes(specs: _Specs) -> int:
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
+
+
+def _write_texts(folder: Path, styles: Sequence[Style], card: str) -> None:
+    listed = json.dumps([style.model_dump(mode="json") for style in styles], indent=2)
+    (folder / STYLES_FILE).write_text(listed + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
+    without = {"files", "light_vae", "source"} if config.sha256 else {"sha256"}
+    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2, exclude=without) + "\n", encoding="utf-8")
 
 
 def _stored(key: str, tensor: Tensor) -> Tensor:
@@ -178,7 +558,7 @@ def _read(path: Path, schema: TypeAdapter[T]) -> T:
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
-        found = _sha256(path)
+        found = file_record(path).sha256
         if found != sha256:
             raise WeightsError(f"{path} has SHA-256 {found}, {CONFIG_FILE} says {sha256}; restore the file")
         return load_file(path)
@@ -186,8 +566,3 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise WeightsError(f"cannot read {path}: {error.strerror}; restore the model folder") from error
     except SafetensorError as error:
         raise WeightsError(f"{path} is no safetensors file: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
