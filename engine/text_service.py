@@ -345,7 +345,7 @@ def serve(connection: Connection, load: Callable[[], PromptEncoder]) -> None:
             prompt = json.loads(connection.recv_bytes())["prompt"]
             states_PK = encode(prompt).contiguous()
             _send(connection, {"shape": list(states_PK.shape), "dtype": str(states_PK.dtype).removeprefix("torch.")})
-            connection.send_bytes(states_PK.view(torch.uint8).numpy().data)
+            connection.send_bytes(states_PK.view(torch.uint8).numpy().tobytes())
 
 
 def _send(connection: Connection, message: dict[str, object]) -> None:
