@@ -198,7 +198,7 @@ class FakeEngine:
         self._work.set()
 
     async def _run(self) -> None:
-        for percent in range(0, 100, LOAD_PERCENT):
+        for percent in range(0, 100, LOAD_PERCENT if self.load_s else 100):
             await self._readiness.set(EngineStatus(EngineState.LOADING, percent, "loading the fake"))
             await asyncio.sleep(self.load_s * LOAD_PERCENT / 100)
         await self._readiness.set(EngineStatus(EngineState.READY, 100))

@@ -17,12 +17,14 @@ from aiohttp import web
 
 from engine.api import Engine
 from engine.client import LocalEngine
+from engine.config import MAX_STEPS, EngineSettings, ServingProfile
 from engine.fake import FakeEngine
+from server.catalogue import load_styles, steps_max
 from server.metrics import ServerMetrics
 from server.registry import SessionRegistry
 from server.session import SessionContext
 from server.settings import ServerSettings
-from server.signalling import Signalling, load_styles
+from server.signalling import Signalling
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,22 @@ def make_engine(settings: ServerSettings) -> Engine:
     """The engine the settings ask for."""
     engine = settings.engine
     if settings.engine_kind == "fake":
-        return FakeEngine(engine.width, engine.height, max_streams=engine.max_streams)
+        return FakeEngine(
+            engine.width,
+            engine.height,
+            max_streams=engine.max_streams,
+            first_chunk_frames=_profile(engine).first_chunk_frames,
+            held_chunks=settings.steps - 1 if engine.mode == "batch" else 0,
+        )
     return LocalEngine(engine)
+
+
+def _profile(settings: EngineSettings) -> ServingProfile:
+    """The model's own profile, where the stand-in is told of a model that exists."""
+    try:
+        return settings.profile
+    except (FileNotFoundError, ValueError):
+        return ServingProfile()
 
 
 @contextlib.asynccontextmanager
@@ -43,13 +59,15 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
 
     Raises: OSError when the port is taken, FileNotFoundError for an unknown model.
     """
-    styles = load_styles(settings.engine.model_dir) if settings.engine_kind == "local" else []
+    local = settings.engine_kind == "local"
+    styles = load_styles(settings.engine.model_dir) if local else []
+    most_steps = steps_max(settings.engine) if local else MAX_STEPS
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="livebrush") as executor:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(executor)
         metrics = ServerMetrics()
         loop.set_exception_handler(_count_strays(metrics))
-        context = SessionContext(engine, settings, metrics, executor)
+        context = SessionContext(engine, settings, metrics, executor, steps_max=most_steps)
         registry = SessionRegistry(context)
         runner = web.AppRunner(
             Signalling(context, registry, styles).application(),

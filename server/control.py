@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from engine.api import MAX_PROMPT_CHARS, StreamParams
+from engine.api import MAX_BLEND, MAX_PROMPT_CHARS, MAX_TRANSITION_CHUNKS, StreamParams, WeightedPrompt
+from engine.config import MAX_STEPS
 
 PROTOCOL_VERSION = 1
 MESSAGES_PER_S = 20.0
 MESSAGES_BURST = 40
 # Fifty broken messages are no mistake any more.
 MAX_BAD_MESSAGES = 50
+MAX_TRANSITION_S = 30.0
 
 
 class _Message(BaseModel):
@@ -23,19 +25,33 @@ class _Message(BaseModel):
     id: int
 
 
-class Params(_Message):
-    """Change what is given; the rest stays."""
+class ParamsChange(BaseModel):
+    """What a page may set, in its units: what is given changes, the rest stays."""
 
-    type: Literal["params"]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
     prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
+    blend: list[WeightedPrompt] | None = Field(default=None, max_length=MAX_BLEND)
+    transition_s: float | None = Field(default=None, ge=0.0, le=MAX_TRANSITION_S)
+    recache: bool | None = None
     strength: float | None = Field(default=None, ge=0.0, le=1.0)
-    steps: int | None = Field(default=None, ge=1, le=4)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
 
     def applied_to(self, params: StreamParams) -> StreamParams:
-        """The parameters with this change made."""
-        given = self.model_dump(include={"prompt", "strength", "steps", "seed"}, exclude_none=True)
+        """The parameters with this change made. `transition_s` depends on the agreed rate: see `transition_chunks`."""
+        given = self.model_dump(include={"prompt", "recache", "strength", "steps", "seed"}, exclude_none=True)
+        if self.blend is not None:
+            given["blend"] = tuple(self.blend)
+        elif self.prompt is not None:
+            given["blend"] = ()  # one style asked for: it replaces the mix
         return params.model_copy(update=given)
+
+
+class Params(_Message, ParamsChange):
+    """Change what is given; the rest stays."""
+
+    type: Literal["params"]
 
 
 class Bypass(_Message):
@@ -62,12 +78,31 @@ ControlMessage = Params | Bypass | Ping | Bye
 _adapter: TypeAdapter[ControlMessage] = TypeAdapter(Annotated[ControlMessage, Field(discriminator="type")])
 
 
+def transition_chunks(transition_s: float, fps: float, chunk_frames: int) -> int:
+    """Seconds as chunks at the agreed rate, at least one for any time above zero."""
+    chunks = round(transition_s * fps / chunk_frames)
+    return min(MAX_TRANSITION_CHUNKS, max(1, chunks)) if transition_s > 0 else 0
+
+
+def shown_params(params: StreamParams, transition_s: float) -> dict[str, object]:
+    """The parameters in force as the page knows them."""
+    shown = params.model_dump(exclude={"transition_chunks"})
+    return shown | {"blend": [prompt.model_dump() for prompt in params.blend], "transition_s": transition_s}
+
+
 class ControlError(Exception):
     """A message that is not followed. `reply` is the JSON text that says so."""
 
     def __init__(self, code: str, message: str, request_id: int | None = None) -> None:
         super().__init__(message)
         self.reply = encode("error", code=code, message=message, id=request_id)
+
+
+def check_steps(change: ParamsChange, most: int, request_id: int | None = None) -> None:
+    """Raises ControlError for more steps than the model has timesteps for."""
+    if change.steps is not None and change.steps > most:
+        text = f"steps: {change.steps} is refused: this model has timesteps for {most} at most"
+        raise ControlError("bad_message", text, request_id)
 
 
 class TokenBucket:
@@ -91,8 +126,10 @@ class TokenBucket:
 
 
 def encode(kind: str, **fields: object) -> str:
-    """One message to the page; fields that are None are left out, except `first_frame`."""
-    kept = {name: value for name, value in fields.items() if value is not None or name == "first_frame"}
+    """One message to the page; fields that are None are left out, except `first_frame` and `first_chunk`."""
+    kept = {
+        name: value for name, value in fields.items() if value is not None or name in ("first_frame", "first_chunk")
+    }
     return json.dumps({"v": PROTOCOL_VERSION, "type": kind, **kept})
 
 

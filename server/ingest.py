@@ -34,14 +34,15 @@ class RateGate:
 class ChunkAssembler:
     """Groups frames into chunks. No I/O and no clock, so a test needs neither.
 
-    The first chunk holds one frame, so that the first restyled picture does not wait for four.
+    The first chunk has a length of its own: one frame where the model can, so that the first restyled picture does not
+    wait for four; five where its VAE begins with a frame alone.
     """
 
-    def __init__(self, chunk_frames: int, latency_budget_s: float) -> None:
+    def __init__(self, chunk_frames: int, latency_budget_s: float, *, first_chunk_frames: int = 1) -> None:
         self._chunk_frames = chunk_frames
         self._latency_budget_s = latency_budget_s
         self._chunk_indices = itertools.count()
-        self._wanted = 1
+        self._wanted = first_chunk_frames
         self._pending: list[tuple[int, float, Frames]] = []
 
     @property

@@ -31,6 +31,15 @@ class ServerMetrics:
         self.due = Counter("livebrush_frames_due", "Frames of the agreed rate", registry=self.registry)
         self.late = Counter("livebrush_frames_late", "Frames released past the budget", registry=self.registry)
         self.dropped = Counter("livebrush_frames_dropped", "Due frames never shown", ["reason"], registry=self.registry)
+        self.withheld = Counter(
+            "livebrush_frames_withheld",
+            "Frames shown as the camera because the model's picture was not fit, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.reanchored = Counter(
+            "livebrush_streams_reanchored", "Times a stream had drifted and was begun anew", registry=self.registry
+        )
         self.faults = Counter("livebrush_faults", "Errors that reached a wall", ["where"], registry=self.registry)
         self.ttff = Histogram(
             "livebrush_ttff_seconds",
@@ -65,8 +74,10 @@ class SessionMetrics:
     def __init__(self, server: ServerMetrics, offered_at: float, latency_budget_s: float) -> None:
         self.offered_at = offered_at
         self.ttff_s: float | None = None
-        self.due = self.released = self.restyled = self.late = self.thinned = 0
+        self.due = self.released = self.restyled = self.late = self.thinned = self.reanchored = 0
+        self.released_at = float("-inf")
         self.dropped: Counts[str] = Counts()
+        self.withheld: Counts[str] = Counts()
         self._server = server
         self._budget_s = latency_budget_s
         # (instant, due, missed) for the on-time share of the last WINDOW_S.
@@ -101,10 +112,21 @@ class SessionMetrics:
         self._push(self._queue, now, queue_s)
         self._push(self._engine, now, engine_s)
 
+    def on_withheld(self, reason: str, frames: int) -> None:
+        """The model's picture was not fit to be shown; the camera's frames are on their way instead."""
+        self.withheld[reason] += frames
+        self._server.withheld.labels(reason).inc(frames)
+
+    def on_reanchored(self, times: int) -> None:
+        """The stream had drifted, and its cache was begun anew."""
+        self.reanchored += times
+        self._server.reanchored.inc(times)
+
     def on_release(self, now: float, arrived_at: float, *, restyled: bool) -> None:
         """A frame was handed to the encoder."""
         age = now - arrived_at
         self.released += 1
+        self.released_at = now
         self._server.age.observe(age)
         self._push(self._ages, now, age)
         if restyled:
@@ -142,6 +164,8 @@ class SessionMetrics:
             "restyled": self.restyled,
             "thinned": self.thinned,
             "dropped": dict(self.dropped),
+            "withheld": dict(self.withheld),
+            "reanchored": self.reanchored,
             "engine_ms_p50": _ms(quantile(engine, 0.5)),
             "engine_ms_p95": _ms(quantile(engine, 0.95)),
             "queue_ms_p50": _ms(quantile(queue, 0.5)),

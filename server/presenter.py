@@ -18,7 +18,8 @@ FADE_FRAMES = 12
 class Picture:
     """A frame waiting for its release: what the camera saw and, once there is a model, what it became.
 
-    revision: the parameters that shaped `restyled` (see RenderedChunk).
+    chunk, revision: what it came back in and the parameters that shaped it (see RenderedChunk).
+    withheld: the engine had a picture that was not fit to be shown: the camera stands in.
     """
 
     index: int
@@ -26,12 +27,15 @@ class Picture:
     camera: Frames
     restyled: Frames | None = None
     revision: int = 0
+    chunk: int | None = None
+    withheld: bool = False
 
 
 class View(StrEnum):
     """What the user sees now, for the page's state line."""
 
     PASSTHROUGH = "passthrough"
+    WITHHELD = "withheld"
     FADING = "fading"
     RESTYLED = "restyled"
     BYPASS = "bypass"
@@ -40,8 +44,8 @@ class View(StrEnum):
 class Presenter:
     """Chooses at the instant of release, so that bypass acts at once and nothing is rendered twice.
 
-    After the camera had to stand in (the model was loading, the engine was lost) the restyled picture fades in over
-    FADE_FRAMES; on a warm server the first picture is the restyled one.
+    After the camera had to stand in (the model was loading, the engine was lost or its picture not fit) the restyled
+    picture fades in over FADE_FRAMES; on a warm server the first picture is the restyled one.
     """
 
     def __init__(self, *, bypass: bool = False) -> None:
@@ -53,7 +57,7 @@ class Presenter:
         """The frame to send for a picture."""
         if picture.restyled is None:
             self._fade = 0.0
-            self.view = View.PASSTHROUGH
+            self.view = View.WITHHELD if picture.withheld else View.PASSTHROUGH
             return OutgoingFrame(picture.index, picture.arrived_at, picture.camera, CAMERA)
         if self.bypass:
             self.view = View.BYPASS

@@ -76,7 +76,9 @@ class SessionRegistry:
             raise NotFound("no such session: it has ended; send a new offer", code="session_gone")
         return session
 
-    async def answer(self, offer_sdp: str, params: StreamParams, *, bypass: bool) -> Session:
+    async def answer(
+        self, offer_sdp: str, params: StreamParams, *, transition_s: float = 0.0, bypass: bool = False
+    ) -> Session:
         """Open a session for an offer; returns once it has its answer.
 
         Raises: Full with a retry time, ShuttingDown, or what the session raises for a broken offer. The seat is
@@ -88,7 +90,12 @@ class SessionRegistry:
             raise Full(f"all {self.seats} seats of this server are taken", retry_after_s=RETRY_AFTER_S)
         session_id = secrets.token_urlsafe(16)
         session = Session(
-            session_id, self._context, params, fps=self._affordable_fps(len(self._tasks) + 1), bypass=bypass
+            session_id,
+            self._context,
+            params,
+            fps=self._affordable_fps(len(self._tasks) + 1),
+            transition_s=transition_s,
+            bypass=bypass,
         )
         self._sessions[session_id] = session
         task = asyncio.create_task(self._run(session, offer_sdp), name=f"{session_id}/session")

@@ -10,8 +10,9 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,12 @@ DEFAULT_SIZE = (256, 256)
 MIN_SIDE_PX = 64
 # One renders while the next waits: the engine never idles, and never holds so many that it drops one.
 MAX_IN_FLIGHT = 2
-ENGINE_START_TIMEOUT_S = 300.0
+# Silence, not the whole: a large model loads for minutes and tells how far it is.
+ENGINE_SILENCE_S = 300.0
 CHUNK_TIMEOUT_S = 120.0
+# For the words of the style to be read, by a text encoder of billions of weights on a CPU.
+TEXT_TIMEOUT_S = 180.0
+TEXT_PENDING = "text_pending"
 # Chunks of a file are never late; the engine compares deadlines, so there has to be one.
 NO_DEADLINE_S = 86_400.0
 # How much a smaller picture may cost against a bent one when the work size is chosen: 10 % of area weighs as
@@ -61,7 +66,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RestyleSummary:
-    """What was done. frames_per_s: rendered, decoding and encoding included, loading the model not."""
+    """What was done. frames_per_s: rendered, decoding and encoding included, loading the model not.
+
+    withheld_frames: left as they were, because the model's picture was not fit to be shown.
+    """
 
     source: str
     target: str
@@ -74,6 +82,7 @@ class RestyleSummary:
     engine_start_s: float
     elapsed_s: float
     frames_per_s: float
+    withheld_frames: int = 0
 
 
 EngineFactory = Callable[[int, int], Engine]
@@ -139,6 +148,7 @@ async def restyle(job: RestyleJob, make_engine: EngineFactory, watch: Watcher = 
             engine_start_s=round(started_at - opened_at, 2),
             elapsed_s=round(elapsed_s, 2),
             frames_per_s=round(frames / elapsed_s, 1),
+            withheld_frames=run.withheld,
         )
 
 
@@ -159,20 +169,26 @@ def _check_paths(job: RestyleJob) -> None:
 async def _start(engine: Engine, watch: Watcher) -> None:
     """Start the engine and show its progress until streams render."""
     await engine.start()
+    ready = asyncio.create_task(engine.wait_ready(), name="restyle/wait-ready")
     try:
-        async with asyncio.timeout(ENGINE_START_TIMEOUT_S):
-            ready = asyncio.create_task(engine.wait_ready(), name="restyle/wait-ready")
-            try:
-                while not ready.done():
-                    watch(Progress(f"model {engine.status.state} {engine.status.percent} %", 0, None))
-                    await asyncio.wait({ready}, timeout=0.2)
-                ready.result()
-            finally:
-                ready.cancel()
-    except TimeoutError:
-        raise RestyleError(
-            f"the engine was not ready after {ENGINE_START_TIMEOUT_S:.0f} s; try livebrush doctor"
-        ) from None
+        heard, heard_at = engine.status, time.monotonic()
+        while not ready.done():
+            if engine.status != heard:
+                heard, heard_at = engine.status, time.monotonic()
+            if time.monotonic() - heard_at > ENGINE_SILENCE_S:
+                raise RestyleError(
+                    f"the engine told no progress for {ENGINE_SILENCE_S:.0f} s at {heard.percent} %;"
+                    " try livebrush doctor"
+                )
+            watch(Progress(f"model {heard.state} {heard.percent} %", 0, None))
+            await asyncio.wait({ready}, timeout=0.2)
+        ready.result()
+    finally:
+        ready.cancel()
+
+
+class _TextPending(Exception):
+    """The first chunk came back before the words of the style had been read."""
 
 
 class _Run:
@@ -196,18 +212,33 @@ class _Run:
         self._watch = watch
         self._copy_sound = copy_sound
         self._chunk_frames = engine.capacity.chunk_frames
+        # Nobody waits for the first picture of a file: it is only another chunk where the model needs it longer.
+        self._first_frames = max(engine.capacity.first_chunk_frames, self._chunk_frames)
         self._began_at = time.monotonic()
-        self._submitted = 0
+        self._read: deque[list[ClipFrame]] = deque()
+        self._taken = 0
         self._written = 0
+        self.withheld = 0
 
     async def render(self, params: StreamParams) -> int:
         """Every frame through the engine; returns how many were written."""
-        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await self._render(params)
+            except _TextPending:
+                if time.monotonic() - self._began_at > TEXT_TIMEOUT_S:
+                    raise RestyleError(f"the prompt was not read within {TEXT_TIMEOUT_S:.0f} s") from None
+                await asyncio.sleep(0.5)
+
+    async def _render(self, params: StreamParams) -> int:
+        """One stream over the clip. Raises _TextPending, with all that was read kept, for another try."""
         waiting: deque[list[ClipFrame]] = deque()
-        async with self._engine.open_stream("restyle", params) as stream:
+        async with aclosing(self._batches()) as batches, self._engine.open_stream("restyle", params) as stream:
             results = aiter(stream)
-            while batch := await loop.run_in_executor(self._pool, self._read_batch):
-                stream.submit(self._to_chunk(batch))
+            submitted = 0
+            async for batch in batches:
+                stream.submit(self._to_chunk(batch, submitted))
+                submitted += 1
                 waiting.append(batch)
                 if len(waiting) == MAX_IN_FLIGHT:
                     await self._take(stream, results, waiting.popleft())
@@ -215,25 +246,35 @@ class _Run:
                 await self._take(stream, results, waiting.popleft())
         return self._written
 
+    async def _batches(self) -> AsyncGenerator[list[ClipFrame], None]:
+        """The clip by chunks; those read before anything was written come again in another try."""
+        for batch in list(self._read):
+            yield batch
+        loop = asyncio.get_running_loop()
+        while batch := await loop.run_in_executor(self._pool, self._read_batch):
+            self._read.append(batch)
+            yield batch
+
     def _read_batch(self) -> list[ClipFrame]:
         """The next frames of a chunk, fewer at the end of the clip; sound met on the way is passed on."""
+        wanted = self._chunk_frames if self._read or self._taken else self._first_frames
         batch: list[ClipFrame] = []
         for item in self._items:
             if isinstance(item, ClipFrame):
                 batch.append(item)
-                if len(batch) == self._chunk_frames:
+                if len(batch) == wanted:
                     break
             elif self._copy_sound:
                 self._writer.copy(item)
         return batch
 
-    def _to_chunk(self, batch: list[ClipFrame]) -> FrameChunk:
+    def _to_chunk(self, batch: list[ClipFrame], index: int) -> FrameChunk:
         """A full chunk; the last one of a clip is filled up with its last frame."""
-        padded = batch + [batch[-1]] * (self._chunk_frames - len(batch))
-        first = self._submitted * self._chunk_frames
-        self._submitted += 1
+        wanted = self._chunk_frames if index else self._first_frames
+        padded = batch + [batch[-1]] * (wanted - len(batch))
+        first = self._first_frames + (index - 1) * self._chunk_frames if index else 0
         return FrameChunk(
-            index=self._submitted - 1,
+            index=index,
             frames=np.stack([frame.picture for frame in padded]),
             frame_indices=tuple(range(first, first + len(padded))),
             captured_at=tuple(self._began_at + float(frame.pts * self._info.time_base) for frame in padded),
@@ -242,7 +283,7 @@ class _Run:
 
     async def _take(self, stream: EngineStream, results: AsyncIterator[RenderedChunk], batch: list[ClipFrame]) -> None:
         """Wait for the oldest chunk in flight and write its frames, those added as padding left out."""
-        expected = self._written // self._chunk_frames
+        expected = self._taken
         try:
             async with asyncio.timeout(CHUNK_TIMEOUT_S):
                 rendered = await anext(results)
@@ -251,6 +292,12 @@ class _Run:
             raise RestyleError(f"{lost} (dropped: {stream.counters.dropped}); try a smaller --size") from None
         if rendered.index != expected:
             raise RestyleError(f"the engine lost chunk {expected} (dropped: {stream.counters.dropped})")
+        if rendered.fault == TEXT_PENDING and not self._taken:
+            raise _TextPending
+        self._taken += 1
+        self._read.popleft()
+        if rendered.fault:
+            self.withheld += len(batch)
         await asyncio.get_running_loop().run_in_executor(self._pool, self._write_batch, rendered, batch)
         self._watch(Progress("restyling", self._written, self._info.total_frames))
 

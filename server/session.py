@@ -19,6 +19,7 @@ from engine.api import (
     Engine,
     EngineError,
     EngineState,
+    EngineStatus,
     EngineStream,
     FrameChunk,
     Frames,
@@ -26,6 +27,7 @@ from engine.api import (
     RenderedChunk,
     StreamParams,
 )
+from engine.config import MAX_STEPS
 from server import control
 from server.acks import Ack, AckBook
 from server.ingest import ChunkAssembler, RateGate, to_rgb
@@ -38,12 +40,28 @@ from server.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 TELEMETRY_PERIOD_S = 0.5
-# Chunks whose camera frames are kept until the restyled ones return: the engine's slots, and one.
-MAX_SOURCES = 5
+# Chunks whose camera frames are kept until the restyled ones return: the engine's four slots and one, and those that
+# a stream batch holds until their last step.
+MAX_SOURCES = 5 + MAX_STEPS - 1
+PROGRESS_PERIOD_S = 1.0
+FAULT_NOTICE_PERIOD_S = 10.0
+ENGINE_RETRY_S = 1.0
 RELEASE_POLL_S = 0.25
 AUDIO_DELAY_SMOOTHING = 0.05
 BUSY_SHARE = 0.95
 
+STAGES = {
+    EngineState.STARTING: "is starting",
+    EngineState.LOADING: "is loading",
+    EngineState.WARMING: "is warming up",
+}
+# Of RenderedChunk.fault, in plain words.
+MODEL_FAULTS = {
+    "nan": "The model's picture had broken numbers in it",
+    "black": "The model's picture was black",
+    "frozen": "The model's picture stood still",
+    "text_pending": "The model is still reading the words of the style",
+}
 INPUT_FAULTS = {
     "input_too_large": "The camera picture has over {limit} pixels; choose a smaller camera resolution.",
     "input_undecodable": "The camera picture cannot be decoded; reload the page or choose another camera.",
@@ -59,6 +77,7 @@ class SessionContext:
     metrics: ServerMetrics
     executor: Executor
     clock: Callable[[], float] = time.monotonic
+    steps_max: int = MAX_STEPS
 
 
 class Session:
@@ -71,10 +90,12 @@ class Session:
         params: StreamParams,
         *,
         fps: float,
+        transition_s: float = 0.0,
         bypass: bool = False,
     ) -> None:
         self.id = session_id
         self.params = params
+        self.transition_s = transition_s
         self.fps = fps
         self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._context = context
@@ -82,7 +103,9 @@ class Session:
         self.metrics = SessionMetrics(context.metrics, self._clock(), context.settings.latency_budget_s)
         self.peer: Peer | None = None
         self._stream: EngineStream | None = None
-        self._stream_drops = 0
+        self._stream_drops = self._stream_reanchored = 0
+        self._fault_told_at: dict[str, float] = {}
+        self._told = ""
         self._gate = RateGate(fps)
         self._pacer: Pacer[Picture] = Pacer(fps)
         self._presenter = Presenter(bypass=bypass)
@@ -167,10 +190,8 @@ class Session:
         engine = self._context.engine
         was_lost = False
         while True:
-            if engine.status.state is not EngineState.READY and not was_lost:
-                self._notice("model_loading", "The model is loading; you see your camera until it is ready.")
             try:
-                await engine.wait_ready()
+                await self._wait_ready(restarting=was_lost)
                 async with engine.open_stream(self.id, self.params) as stream:
                     self._open(stream)
                     if was_lost:
@@ -185,16 +206,50 @@ class Session:
                 self._notice("engine_lost", "The engine stopped; you see your camera until it is back.")
             except EngineError as error:
                 was_lost = True
-                log.error("session %s: %s", self.id, error)
-                self._notice("engine_lost", f"No restyling: {error}")
-                await asyncio.sleep(1.0)
+                self._tell_once(f"No restyling: {error}")
+                await asyncio.sleep(ENGINE_RETRY_S)
             finally:
                 self._close_stream()
+
+    async def _wait_ready(self, *, restarting: bool) -> None:
+        """Wait until streams render, telling the page how far the model is.
+
+        restarting: the page knows that the engine is gone; it is told of progress only once there is some.
+        """
+        engine = self._context.engine
+        told = engine.status if restarting else None
+        ready = asyncio.create_task(engine.wait_ready(), name=f"{self.id}/wait-ready")
+        try:
+            while not ready.done() and engine.status.state is not EngineState.READY:
+                if engine.status != told and engine.status.state in STAGES:
+                    told = engine.status
+                    self._tell_progress(told)
+                await asyncio.wait({ready}, timeout=PROGRESS_PERIOD_S)
+            await ready
+        finally:
+            ready.cancel()
+
+    def _tell_progress(self, status: EngineStatus) -> None:
+        self._notice(
+            "model_loading",
+            f"The model {STAGES[status.state]}; you see your camera until it is ready.",
+            percent=status.percent,
+            stage=str(status.state),
+            detail=status.detail or None,
+        )
+
+    def _tell_once(self, message: str) -> None:
+        """An engine that stays broken is told of once, not at every try."""
+        if message != self._told:
+            self._told = message
+            log.error("session %s: %s", self.id, message)
+            self._notice("engine_lost", message)
 
     def _open(self, stream: EngineStream) -> None:
         self._assembler = self._new_assembler()
         self._sources.clear()
-        self._stream_drops = 0
+        self._stream_drops = self._stream_reanchored = 0
+        self._told = ""
         self._stream = stream
 
     def _close_stream(self) -> None:
@@ -210,9 +265,13 @@ class Session:
     def _on_rendered(self, stream: EngineStream, chunk: RenderedChunk) -> None:
         now = self._clock()
         self._count_engine_drops(stream)
+        self.metrics.on_reanchored(stream.counters.reanchored - self._stream_reanchored)
+        self._stream_reanchored = stream.counters.reanchored
         self.metrics.on_chunk(
             now, chunk.engine_started_at - chunk.captured_at[-1], chunk.engine_finished_at - chunk.engine_started_at
         )
+        if chunk.fault:
+            self._on_fault(chunk)
         for index in [index for index in self._sources if index < chunk.index]:
             del self._sources[index]
         source = self._sources.pop(chunk.index, None)
@@ -222,12 +281,30 @@ class Session:
         self._restyling = True
         self._queue(
             [
-                Picture(index, arrived_at, camera, restyled, chunk.revision)
+                Picture(
+                    index,
+                    arrived_at,
+                    camera,
+                    None if chunk.fault else restyled,
+                    chunk.revision,
+                    chunk.index,
+                    withheld=bool(chunk.fault),
+                )
                 for index, arrived_at, camera, restyled in zip(
                     chunk.frame_indices, chunk.captured_at, source.frames, chunk.frames, strict=True
                 )
             ]
         )
+
+    def _on_fault(self, chunk: RenderedChunk) -> None:
+        """The model's picture was withheld: counted, and told once in a while."""
+        self.metrics.on_withheld(chunk.fault, len(chunk.frames))
+        now = self._clock()
+        if now - self._fault_told_at.get(chunk.fault, float("-inf")) < FAULT_NOTICE_PERIOD_S:
+            return
+        self._fault_told_at[chunk.fault] = now
+        words = MODEL_FAULTS.get(chunk.fault, f"The model's picture was not fit to be shown ({chunk.fault})")
+        self._notice("model_fault", f"{words}; you see your camera until it is right.", reason=chunk.fault)
 
     # --- pacer to peer
 
@@ -257,7 +334,7 @@ class Session:
         self.metrics.on_release(now, picture.arrived_at, restyled=frame.kind == RESTYLED)
         peer.video_delay_s += AUDIO_DELAY_SMOOTHING * (now - picture.arrived_at - peer.video_delay_s)
         if picture.restyled is not None:
-            self._send_acks(self._acks.shown(picture.index, picture.revision))
+            self._send_acks(self._acks.shown(picture.index, picture.revision, picture.chunk))
 
     # --- control and telemetry
 
@@ -290,7 +367,8 @@ class Session:
         assert self.peer is not None
         match message:
             case control.Params():
-                self.params = message.applied_to(self.params)
+                control.check_steps(message, self._context.steps_max, message.id)
+                self._change(message)
                 self._request_ack(message.id, self._stream.update(self.params) if self._stream else None)
             case control.Bypass():
                 self._presenter.bypass = message.on
@@ -299,6 +377,13 @@ class Session:
                 self.peer.send_control(control.encode("pong", id=message.id, t_ms=message.t_ms, server_s=self._clock()))
             case control.Bye():
                 raise PeerGone("goodbye")
+
+    def _change(self, change: control.ParamsChange) -> None:
+        if change.transition_s is not None:
+            self.transition_s = change.transition_s
+        chunk_frames = self._context.engine.capacity.chunk_frames
+        chunks = control.transition_chunks(self.transition_s, self.fps, chunk_frames)
+        self.params = change.applied_to(self.params).model_copy(update={"transition_chunks": chunks})
 
     def _request_ack(self, request_id: int, revision: int | None) -> None:
         """Acknowledge with the first frame shaped by `revision`; at once when no stream is open (None)."""
@@ -311,7 +396,13 @@ class Session:
         assert self.peer is not None
         for ack in acks:
             self.peer.send_control(
-                control.encode("ack", id=ack.request_id, first_frame=ack.first_frame, params=self.params.model_dump())
+                control.encode(
+                    "ack",
+                    id=ack.request_id,
+                    first_frame=ack.first_frame,
+                    first_chunk=ack.first_chunk,
+                    params=control.shown_params(self.params, self.transition_s),
+                )
             )
 
     def announce_closing(self) -> None:
@@ -326,7 +417,7 @@ class Session:
         """Frame marks and figures, twice a second."""
         while True:
             await asyncio.sleep(TELEMETRY_PERIOD_S)
-            self._send_acks(self._acks.expired(self._clock()))
+            self._send_acks(self._acks.expired(self._clock(), released_at=self.metrics.released_at))
             marks = [
                 [mark.rtp_timestamp, mark.index, round(mark.arrived_at, 4), round(mark.released_at, 4), mark.kind]
                 for mark in peer.take_marks()
@@ -364,8 +455,8 @@ class Session:
         self._notice("rate_changed", f"The picture now runs at {fps:g} frames a second.", fps=fps)
 
     def _new_assembler(self) -> ChunkAssembler:
-        settings = self._context.settings
-        return ChunkAssembler(self._context.engine.capacity.chunk_frames, settings.latency_budget_s)
+        capacity, budget_s = self._context.engine.capacity, self._context.settings.latency_budget_s
+        return ChunkAssembler(capacity.chunk_frames, budget_s, first_chunk_frames=capacity.first_chunk_frames)
 
 
 def _first_reason(group: BaseExceptionGroup[PeerGone]) -> str:

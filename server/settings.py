@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from engine.config import EngineSettings
+from engine.config import MAX_STEPS, EngineSettings
 
 WEB_DIR = Path(__file__).parent.parent / "web"
 
@@ -41,6 +41,9 @@ class ServerSettings(BaseModel):
     media: MediaSettings = MediaSettings()
     latency_budget_s: PositiveFloat = Field(default=0.5, description="a frame older than this at playout is late")
     max_fps: float = Field(default=24.0, gt=0, le=60, description="agreed output rate when there is room")
+    steps: int = Field(
+        default=1, ge=1, le=MAX_STEPS, description="denoising steps of a session that asks for none; live"
+    )
     min_fps: float = Field(default=8.0, gt=0, le=60, description="below this per session the server is full")
     max_sessions: PositiveInt = Field(default=4, description="seats, whatever the engine could carry")
     allowed_hosts: tuple[str, ...] = Field(

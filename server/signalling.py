@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -15,7 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.api import EngineState, StreamParams
-from server.control import TokenBucket
+from server.catalogue import model_name
+from server.control import ControlError, ParamsChange, TokenBucket, check_steps
 from server.errors import BadRequest, Forbidden, ServerError, TooLarge, TooManyRequests, WrongMediaType, problem
 from server.registry import SessionRegistry
 from server.session import SessionContext
@@ -43,7 +42,7 @@ class Offer(BaseModel):
 
     type: str = Field(pattern="^offer$")
     sdp: str
-    params: StreamParams = StreamParams()
+    params: ParamsChange = ParamsChange()
     bypass: bool = False
 
 
@@ -58,7 +57,12 @@ class Candidates(BaseModel):
 class Signalling:
     """The HTTP handlers over one registry."""
 
-    def __init__(self, context: SessionContext, registry: SessionRegistry, styles: list[dict[str, str]]) -> None:
+    def __init__(
+        self,
+        context: SessionContext,
+        registry: SessionRegistry,
+        styles: list[dict[str, str]],
+    ) -> None:
         self._context = context
         self._registry = registry
         self._styles = styles
@@ -142,10 +146,11 @@ class Signalling:
         width, height = self._context.engine.frame_size
         model = {
             "id": settings.engine.model,
-            "name": settings.engine.model,
+            "name": model_name(settings.engine),
             "size": f"{width}x{height}",
             "fps": self._registry.fps,
-            "steps_max": 4,
+            "steps": settings.steps,
+            "steps_max": self._context.steps_max,
             "styles": self._styles,
         }
         return web.json_response({"models": [model]})
@@ -169,7 +174,16 @@ class Signalling:
         if not self._offers.take(self._context.clock()):
             raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
         offer = await _read(request, Offer)
-        session = await self._registry.answer(offer.sdp, offer.params, bypass=offer.bypass)
+        try:
+            check_steps(offer.params, self._context.steps_max)
+        except ControlError as error:
+            raise BadRequest(f"params.{error}") from error
+        session = await self._registry.answer(
+            offer.sdp,
+            offer.params.applied_to(StreamParams(steps=self._context.settings.steps)),
+            transition_s=offer.params.transition_s or 0.0,
+            bypass=offer.bypass,
+        )
         url = f"/api/v1/webrtc/offer/{session.id}"
         width, height = self._context.engine.frame_size
         body = {
@@ -218,12 +232,3 @@ async def _read(request: web.Request, model: type[Body]) -> Body:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise BadRequest(f"{where}: {first['msg']}") from error
-
-
-def load_styles(model_dir: Path) -> list[dict[str, str]]:
-    """The style tiles of a model: id, name, prompt, thumbnail. A model without styles.json has none."""
-    path = model_dir / "styles.json"
-    if not path.is_file():
-        return []
-    shown = ("id", "name", "prompt", "thumbnail")
-    return [{key: style[key] for key in shown if key in style} for style in json.loads(path.read_text())]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
 from engine.api import Capacity, StreamParams
 from server import control
@@ -47,6 +48,14 @@ def test_a_chunk_is_due_with_its_oldest_frame_and_the_first_holds_one() -> None:
     assert third.frames.shape == (4, 8, 8, 3) and (first.index, second.index, third.index) == (0, 1, 2)
 
 
+def test_a_first_chunk_of_five_is_followed_by_chunks_of_four() -> None:
+    assembler = ChunkAssembler(4, 0.5, first_chunk_frames=5)
+    chunks = [assembler.push(GREY, index=i, arrived_at=i / 16) for i in range(13)]
+    made = [chunk for chunk in chunks if chunk is not None]
+    assert [chunk.frame_indices for chunk in made] == [(0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
+    assert [len(chunk.frames) for chunk in made] == [5, 4, 4] and made[1].deadline == 5 / 16 + 0.5
+
+
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (320, 180), (64, 64), (100, 30)])
 def test_any_camera_size_becomes_the_centre_at_the_engines_size(size: tuple[int, int]) -> None:
     width, height = size
@@ -86,6 +95,33 @@ def test_chunks_of_four_come_out_evenly() -> None:
     assert np.abs(gaps - 1 / 24).max() < 1 / 24  # jitter below one frame interval
     assert np.median(gaps) == pytest.approx(1 / 24, abs=0.004)
     assert len(pacer) <= 4
+
+
+@pytest.mark.parametrize(("camera_fps", "shown_fps"), [(30, 16), (16, 16), (10, 10)])
+def test_sixteen_a_second_in_chunks_of_a_quarter_second_come_out_evenly(camera_fps: float, shown_fps: float) -> None:
+    """The whole way of a model with a first chunk of five, for cameras faster, as fast and slower than its rate."""
+    gate, assembler = RateGate(16), ChunkAssembler(4, 0.5, first_chunk_frames=5)
+    pacer: Pacer[int] = Pacer(16)
+    random = np.random.default_rng(3)
+    released: list[tuple[float, int]] = []
+    now, admitted = 0.0, 0
+    for frame in range(round(30 * camera_fps)):
+        arrived_at = frame / camera_fps
+        if not gate.admit(arrived_at):
+            continue
+        admitted += 1
+        if chunk := assembler.push(GREY, index=frame, arrived_at=arrived_at):
+            back_at = arrived_at + 0.12 + random.uniform(0, 0.02)
+            released += play(pacer, back_at, now)
+            now = max(now, back_at)
+            assert pacer.push(list(chunk.frame_indices), now) == []
+    assert admitted / 30 == pytest.approx(shown_fps, rel=0.02)
+    assert [index for _, index in released] == sorted({index for _, index in released})
+    gaps = np.diff([at for at, _ in released])[40:]
+    # The gate thins a camera of 30 to 16 unevenly by less than a camera frame.
+    assert np.median(gaps) == pytest.approx(1 / shown_fps, abs=0.01)
+    assert gaps.max() < 2 / shown_fps
+    assert len(pacer) <= 5
 
 
 def test_a_slow_engine_slows_the_picture_evenly_instead_of_stuttering() -> None:
@@ -130,6 +166,15 @@ def test_after_the_camera_the_restyled_picture_fades_in() -> None:
     assert values == sorted(values) and 100 < values[0] < 120 and values[-1] == 200
 
 
+def test_a_withheld_picture_is_the_camera_and_the_next_one_fades_back() -> None:
+    presenter = Presenter()
+    presenter.present(Picture(0, 0.0, GREY, WHITE))
+    frame = presenter.present(Picture(1, 0.0, GREY, withheld=True))
+    assert frame.rgb is GREY and (frame.kind, str(presenter.view)) == (0, "withheld")
+    back = presenter.present(Picture(2, 0.0, GREY, WHITE))
+    assert str(presenter.view) == "fading" and 100 < int(back.rgb[0, 0, 0]) < 120
+
+
 def test_bypass_acts_at_the_next_picture_both_ways() -> None:
     presenter = Presenter(bypass=True)
     assert presenter.present(Picture(0, 0.0, GREY, WHITE)).rgb is GREY
@@ -144,10 +189,21 @@ def test_an_ack_names_the_first_frame_that_shows_it_or_none() -> None:
     book = AckBook()
     book.add(1, revision=1, now=0.0)
     book.add(2, revision=2, now=0.0)
-    assert book.shown(50, revision=0) == []
-    assert book.shown(54, revision=1) == [Ack(1, 54)]
+    assert book.shown(50, revision=0, chunk=11) == []
+    assert book.shown(54, revision=1, chunk=12) == [Ack(1, 54, 12)]
     assert book.expired(1.9) == [] and book.expired(2.1) == [Ack(2, None)]
     assert book.clear() == []
+
+
+def test_while_pictures_flow_an_ack_waits_for_slow_words_and_no_longer_than_a_minute() -> None:
+    book = AckBook()
+    book.add(1, revision=1, now=0.0)
+    assert book.expired(30.0, released_at=29.9) == []
+    assert book.shown(500, revision=1, chunk=120) == [Ack(1, 500, 120)]
+    book.add(2, revision=2, now=40.0)
+    assert book.expired(43.0, released_at=40.5) == [Ack(2, None)]
+    book.add(3, revision=3, now=50.0)
+    assert book.expired(110.1, released_at=110.0) == [Ack(3, None)]
 
 
 # --- admission
@@ -176,6 +232,12 @@ def test_rates_are_shared_evenly_and_noise_moves_nobody() -> None:
         ('{"v":1,"id":1,"type":"params","strength":NaN}', "finite"),
         ('{"v":1,"id":1,"type":"params","steps":"1"}', "integer"),
         ('{"v":2,"id":1,"type":"bye"}', "v"),
+        ('{"v":1,"id":1,"type":"params","blend":[{"text":"a","weight":0}]}', "greater than 0"),
+        (
+            '{"v":1,"id":1,"type":"params","blend":[{"text":"a"},{"text":"a"},{"text":"a"},{"text":"a"},{"text":"a"}]}',
+            "4",
+        ),
+        ('{"v":1,"id":1,"type":"params","transition_s":31}', "less than or equal to 30"),
         ('{"v":1,"id":1,"type":"params","path":"/etc/passwd"}', "Extra inputs"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -190,6 +252,42 @@ def test_params_change_only_what_they_name() -> None:
     assert isinstance(message, control.Params)
     before = StreamParams(prompt="neon", strength=0.5)
     assert message.applied_to(before) == StreamParams(prompt="neon", strength=0.5, steps=2)
+
+
+def test_a_blend_replaces_the_prompt_and_a_prompt_the_blend() -> None:
+    mix = control.parse(
+        '{"v":1,"id":1,"type":"params","blend":[{"text":"neon","weight":3},{"text":"ink"}],"transition_s":2}'
+    )
+    assert isinstance(mix, control.Params)
+    mixed = mix.applied_to(StreamParams(prompt="watercolor"))
+    assert [(prompt.text, prompt.weight) for prompt in mixed.prompts] == [("neon", 3.0), ("ink", 1.0)]
+    one = control.parse('{"v":1,"id":2,"type":"params","prompt":"ink wash","recache":true}')
+    assert isinstance(one, control.Params)
+    assert one.applied_to(mixed) == StreamParams(prompt="ink wash", recache=True)
+    shown = control.shown_params(mixed, 2.0)
+    assert shown == {
+        "prompt": "watercolor",
+        "blend": [{"text": "neon", "weight": 3.0}, {"text": "ink", "weight": 1.0}],
+        "transition_s": 2.0,
+        "recache": False,
+        "strength": 1.0,
+        "steps": 1,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("transition_s", "fps", "chunks"), [(0.0, 24, 0), (2.0, 16, 8), (2.0, 24, 12), (0.01, 16, 1), (30.0, 60, 240)]
+)
+def test_a_transition_is_counted_in_chunks_of_the_agreed_rate(transition_s: float, fps: float, chunks: int) -> None:
+    assert control.transition_chunks(transition_s, fps, 4) == chunks
+
+
+def test_more_steps_than_the_model_has_timesteps_for_are_refused_with_the_bound() -> None:
+    change = control.ParamsChange(steps=3)
+    control.check_steps(change, 4)
+    with pytest.raises(control.ControlError, match="steps: 3 is refused: this model has timesteps for 2"):
+        control.check_steps(change, 2)
 
 
 def test_the_rate_limit_allows_a_burst_then_the_rate() -> None:
@@ -211,6 +309,20 @@ def test_on_time_counts_late_and_dropped_frames_against_those_due() -> None:
     assert (metrics.due, metrics.late, metrics.thinned, metrics.ttff_s) == (80, 1, 20, 3.0)
     assert metrics.on_time() == pytest.approx(75 / 80)
     assert metrics.stats()["dropped"] == {"engine": 4}
+
+
+def test_withheld_frames_and_new_beginnings_are_figures_by_reason() -> None:
+    server = ServerMetrics()
+    metrics = SessionMetrics(server, offered_at=0.0, latency_budget_s=0.5)
+    metrics.on_withheld("nan", 4)
+    metrics.on_withheld("text_pending", 5)
+    metrics.on_withheld("nan", 4)
+    metrics.on_reanchored(2)
+    stats = metrics.stats()
+    assert (stats["withheld"], stats["reanchored"]) == ({"nan": 8, "text_pending": 5}, 2)
+    text = generate_latest(server.registry).decode()
+    assert 'livebrush_frames_withheld_total{reason="nan"} 8.0' in text
+    assert "livebrush_streams_reanchored_total 2.0" in text
 
 
 def test_quantiles() -> None:

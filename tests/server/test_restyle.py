@@ -345,3 +345,48 @@ async def test_the_real_model_restyles_a_clip(tmp_path: Path) -> None:
     assert after.sound == before.sound
     change = np.abs(before.pictures[9].astype(int) - after.pictures[9]).mean()
     assert 3 < change < 128
+
+
+# --- models that want to be served in their own way
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 6, 9, 12])
+async def test_a_model_with_a_first_chunk_of_five_gives_every_frame_once(tmp_path: Path, frames: int) -> None:
+    source = make_clip(tmp_path / "in.mp4", frames)
+    job = RestyleJob(source, tmp_path / "out.mp4", UNSTYLED)
+    summary = await restyle(job, lambda width, height: FakeEngine(width, height, delay_s=0.0, first_chunk_frames=5))
+    before, after = decode(source), decode(job.target)
+    assert summary.frames == len(after.pictures) == frames and summary.withheld_frames == 0
+    assert after.times == before.times
+    for old, new in zip(before.pictures, after.pictures, strict=True):
+        assert np.abs(old.astype(int) - new).mean() < 6
+
+
+async def test_a_file_waits_until_the_words_have_been_read(tmp_path: Path) -> None:
+    """What comes back before is the clip itself: it must not be written."""
+    source = make_clip(tmp_path / "in.mp4", 13)
+    engines: list[FakeEngine] = []
+
+    def make_engine(width: int, height: int) -> Engine:
+        engine = FakeEngine(width, height, delay_s=0.0, first_chunk_frames=5)
+        engine.fault = "text_pending"
+        asyncio.get_running_loop().call_later(0.3, setattr, engine, "fault", "")
+        engines.append(engine)
+        return engine
+
+    job = RestyleJob(source, tmp_path / "out.mp4", StreamParams(prompt="neon"))
+    summary = await restyle(job, make_engine)
+    assert (summary.frames, summary.withheld_frames) == (13, 0)
+    before, after = decode(source), decode(job.target)
+    for old, new in zip(before.pictures, after.pictures, strict=True):
+        assert np.abs(old.astype(int) - new).mean() > 30
+
+
+async def test_frames_left_as_they_were_are_counted(tmp_path: Path) -> None:
+    def make_engine(width: int, height: int) -> Engine:
+        engine = FakeEngine(width, height, delay_s=0.0)
+        engine.fault = "nan"
+        return engine
+
+    job = RestyleJob(make_clip(tmp_path / "in.mp4", 6), tmp_path / "out.mp4", StreamParams(prompt="neon"))
+    assert (await restyle(job, make_engine)).withheld_frames == 6

@@ -1,6 +1,7 @@
 """The server through its real parts: HTTP, WebRTC on loopback, sessions, and an engine that keeps the contract."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -170,7 +171,17 @@ async def test_a_prompt_change_is_acknowledged_with_the_frame_that_shows_it(visi
     released = visitor.stats().get("released", 0)
     ack = await visitor.ask(type="params", id=7, prompt="ink", strength=0.5)
     assert ack["type"] == "ack" and ack["first_frame"] > released / 2
-    assert ack["params"] == {"prompt": "ink", "strength": 0.5, "steps": 1, "seed": 0}
+    assert ack["params"] == {
+        "prompt": "ink",
+        "blend": [],
+        "transition_s": 0.0,
+        "recache": False,
+        "strength": 0.5,
+        "steps": 1,
+        "seed": 0,
+    }
+    # One frame, then fours: the chunk of a frame follows from nothing dropped.
+    assert 0 < ack["first_chunk"] <= ack["first_frame"]
     assert (await visitor.ask(type="bypass", id=8, on=True))["first_frame"] >= ack["first_frame"]
     count = len(visitor.pictures)
     await visitor.until(lambda: len(visitor.pictures) > count + 10, "pictures after the change")
@@ -322,3 +333,104 @@ async def test_a_stopping_server_says_goodbye_and_takes_no_new_offers(engine: Fa
     await visitor.until(lambda: any(m.get("code") == "closing" for m in visitor.messages), "the closing notice")
     assert engine.status.state == "closed"
     await visitor.leave()
+
+
+# --- a model that is served in its own way
+
+
+class Wan:
+    """A server over a stand-in for a large model: 16 fps, a first chunk of five, two steps, minutes to load."""
+
+    def __init__(self, **engine: Any) -> None:
+        self.engine = FakeEngine(96, 64, first_chunk_frames=5, **{"delay_s": 0.05, **engine})
+        self.settings = ServerSettings(
+            port=0, engine_kind="fake", engine=EngineSettings(width=96, height=64), max_fps=16, steps=2
+        )
+
+
+@contextlib.asynccontextmanager
+async def visited(wan: Wan, **extra: object) -> AsyncIterator[tuple[str, Visitor]]:
+    async with running_server(wan.settings, wan.engine) as (_, port):
+        visitor = Visitor(f"http://127.0.0.1:{port}")
+        try:
+            response = await visitor.enter(**extra)
+            assert response.status == 201, await response.text()
+            yield visitor.base, visitor
+        finally:
+            await visitor.leave()
+
+
+async def test_a_model_is_served_at_its_own_size_rate_and_steps() -> None:
+    wan = Wan()
+    async with visited(wan, params={"prompt": "neon"}) as (base, visitor):
+        (model,) = (await get(base + "/api/v1/models"))[1]["models"]
+        assert (model["size"], model["fps"], model["steps"], model["steps_max"]) == ("96x64", 16, 2, 4)
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "restyled figures")
+        await visitor.until(lambda: visitor.stats()["released"] > 48, "three seconds of pictures")
+        assert next(iter(wan.engine.streams.values())).params.steps == 2
+        assert visitor.pictures[-1][1].shape == (64, 96, 3)
+        stats = visitor.stats()
+        assert stats["agreed_fps"] == 16 and stats["dropped"] == {} and stats["on_time"] == 1
+        assert stats["fps"] == pytest.approx(16, abs=2)
+
+
+async def test_a_stream_batch_shows_the_right_frames_a_chunk_later() -> None:
+    async with visited(Wan(held_chunks=1), params={"prompt": "neon"}) as (_, visitor):
+        await visitor.until(lambda: visitor.stats().get("released", 0) > 32, "two seconds of pictures")
+        marks = [row for m in visitor.telegrams if m["type"] == "marks" for row in m["frames"]]
+        assert all(row[4] == 1 for row in marks)
+        indices = [row[1] for row in marks]
+        assert indices == sorted(indices)
+        assert "source_forgotten" not in visitor.stats()["dropped"]
+
+
+async def test_loading_is_told_by_percent_at_most_once_a_second_while_the_camera_moves() -> None:
+    started = time.monotonic()
+    async with visited(Wan(load_s=3.0), params={"prompt": "neon"}) as (base, visitor):
+        await visitor.until(lambda: len(visitor.pictures) > 10, "the camera itself")
+        status, readiness = await get(base + "/readyz")
+        assert (status, readiness["stage"]) == (503, "loading") and readiness["percent"] > 0
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+        loading = [m for m in visitor.messages if m.get("code") == "model_loading"]
+        percents = [m["percent"] for m in loading]
+        assert percents == sorted(set(percents)) and len(percents) >= 3
+        assert len(percents) <= 2 + (time.monotonic() - started)
+        assert {m["stage"] for m in loading} == {"loading"}
+        assert [m["code"] for m in visitor.messages if m["type"] == "notice"][-1] == "model_ready"
+
+
+async def test_a_picture_that_is_not_fit_is_the_camera_told_once_and_counted() -> None:
+    wan = Wan()
+    async with visited(wan, params={"prompt": "neon"}) as (base, visitor):
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+        wan.engine.fault = "black"
+        await visitor.until(lambda: visitor.stats().get("state") == "withheld", "the camera in its place")
+        await visitor.until(lambda: visitor.stats()["withheld"].get("black", 0) >= 16, "four chunks withheld")
+        ack = asyncio.create_task(visitor.ask(type="params", id=5, prompt="ink"))
+        assert abs(int(np.median(visitor.pictures[-1][1])) - 100) < 40  # the camera itself, not black
+        wan.engine.fault, wan.engine.reanchor = "", True
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture again")
+        # Acknowledged by a picture that shows it, not by the camera.
+        marks = {row[1]: row[4] for m in visitor.telegrams if m["type"] == "marks" for row in m["frames"]}
+        assert marks[(await ack)["first_frame"]] == 1
+        assert visitor.stats()["reanchored"] == 1
+        faults = [m for m in visitor.messages if m.get("code") == "model_fault"]
+        assert [fault["reason"] for fault in faults] == ["black"] and "was black" in faults[0]["message"]
+        async with aiohttp.ClientSession() as http, http.get(base + "/metrics") as response:
+            text = await response.text()
+        assert 'livebrush_frames_withheld_total{reason="black"}' in text
+        assert "livebrush_streams_reanchored_total 1.0" in text
+
+
+async def test_a_blend_and_a_transition_reach_the_engine_in_chunks() -> None:
+    wan = Wan()
+    async with visited(wan, params={"prompt": "neon", "transition_s": 1.5}) as (_, visitor):
+        await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+        ack = await visitor.ask(type="params", id=1, blend=[{"text": "neon", "weight": 3}, {"text": "ink"}])
+        assert ack["params"]["transition_s"] == 1.5 and ack["first_chunk"] is not None
+        assert ack["params"]["blend"] == [{"text": "neon", "weight": 3.0}, {"text": "ink", "weight": 1.0}]
+        (stream,) = wan.engine.streams.values()
+        assert stream.params.transition_chunks == 6  # 1.5 s of chunks of a quarter
+        assert [prompt.text for prompt in stream.params.prompts] == ["neon", "ink"]
+        refused = await visitor.ask(type="params", id=2, transition_s=60)
+        assert refused["type"] == "error" and "30" in refused["message"]
