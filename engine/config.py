@@ -84,6 +84,9 @@ class MotionConfig(_Frozen):
         default=0.1, ge=0, le=1, description="how far full motion lowers the level (paper: s_max - s_min)"
     )
     smoothing: float = Field(default=0.9, gt=0, le=1, description="weight of the new level (paper: lambda)")
+    monotonic: bool = Field(
+        default=True, description="keep the steps falling where motion lowers the first (the public code does not)"
+    )
 
 
 class SamplingConfig(_Frozen):

@@ -1,52 +1,162 @@
-"""One chunk from its source latent to its restyled latent, in 1 to 4 passes of the transformer.
+"""The stream batch: one pass of the transformer moves every item given one denoising step on.
 
-Axes in names: B batch, T latent frames, C channels, H and W rows and columns.
+An item is a chunk of a stream at its next step. A pass takes any mix of streams, steps and cache fills; its rows only
+share their number of latent frames. Steps of one chunk one after another, or the steps of successive chunks together,
+are two ways to choose items for a pass, not two kinds of pass.
+
+Axes in names: B rows, T latent frames, C channels, H and W rows and columns.
+Source: StreamDiffusionV2, arXiv:2511.07399, section 4.2; steps and streams in one batch are ours.
 """
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 
-from engine.flow_match import add_noise, clean_from_flow
-from engine.session import SessionState
-from engine.wan.presets import TransformerConfig
-from engine.wan.transformer import CausalTransformer
+from engine.flow_match import add_noise, clean_from_flow, stacked
+from engine.kv_cache import EMPTY, CacheRow, CacheView, KVPool
+from engine.session import Item, PassInput, SessionState
+from engine.wan.transformer import CausalTransformer, PromptContext
+
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PromptContext, CacheView], Tensor]
 
 
 def predict_clean(
-    config: TransformerConfig,
-    output_BTCHW: Tensor,
-    noisy_BTCHW: Tensor,
-    source_BTCHW: Tensor,
-    sigma_BT: Tensor,
-    strength: float = 1.0,
+    prediction: str, output_BTCHW: Tensor, noisy_BTCHW: Tensor, source_BTCHW: Tensor, sigma_B: Tensor, strength_B: Tensor
 ) -> Tensor:
     """The clean latent that the transformer's output stands for.
 
     Args:
+        prediction: of the checkpoint, see `TransformerConfig.prediction`.
         output_BTCHW: what `CausalTransformer.forward` returned for noisy_BTCHW.
-        strength: scales the residual of a `source_residual` model. With the source as an input, starting from
-            less noise alone hardly changes its picture. A `flow` model takes no notice.
+        strength_B: scales the residual of a `source_residual` model. With the source as an input, starting from less
+            noise alone hardly changes its picture. A `flow` model takes no notice.
     """
-    if config.prediction == "source_residual":
-        return source_BTCHW + strength * output_BTCHW
-    return clean_from_flow(noisy_BTCHW, output_BTCHW, sigma_BT)
+    if prediction == "source_residual":
+        return source_BTCHW + strength_B.view(-1, 1, 1, 1, 1).to(output_BTCHW.dtype) * output_BTCHW
+    return clean_from_flow(noisy_BTCHW, output_BTCHW, sigma_B[:, None])
 
 
-def denoise_chunk(transformer: CausalTransformer, state: SessionState, source_BTCHW: Tensor) -> Tensor:
-    """Restyle one chunk and leave its keys and values in the session's cache.
+class StreamBatch:
+    """The transformer and its cache as passes over items."""
 
-    At strength 0 the source is the result; the cache keeps what it had.
-    """
-    plan = state.plan
-    if plan.steps == 0:
-        return source_BTCHW
-    config = transformer.config
-    condition = source_BTCHW if config.condition_channels else None
-    state.cache.begin_chunk(source_BTCHW.shape[1])
-    clean = source_BTCHW
-    for step in range(plan.steps):
-        sigma_BT = plan.sigmas[step].view(1, 1)
-        noisy = add_noise(clean, state.noise, sigma_BT)
-        timestep_B = plan.timesteps[step].view(1)
-        output = transformer(noisy, condition, timestep_B, state.prompt, state.cache)
-        clean = predict_clean(config, output, noisy, source_BTCHW, sigma_BT, plan.strength)
-    return clean
+    def __init__(self, transformer: CausalTransformer, pool: KVPool, *, compile_pass: bool = False) -> None:
+        self.transformer, self.pool = transformer, pool
+        self._conditioned = transformer.config.condition_channels > 0
+        self._pass: Pass = self._one_pass
+        if compile_pass:
+            self._pass = torch.compile(self._one_pass, fullgraph=True, dynamic=False)
+        self._joined: tuple[tuple[PromptContext, ...], PromptContext] | None = None
+
+    def begin(self, item: Item) -> None:
+        """Decide once, for all layers and steps, whether a new chunk of one latent frame takes a sink's place."""
+        if self.pool.cache.sink_refresh is None or not item.schedule.steps:
+            return
+        item.look = self.transformer.look(item.source)
+        if item.source.shape[1] == 1:
+            item.sink = self.pool.choose_sinks(item.rows[:1], item.look)
+
+    def step(self, items: Sequence[Item]) -> None:
+        """Take every item one step on.
+
+        Args:
+            items: with the same number of latent frames, none of them done, each on a row of its own.
+        """
+        self._enter_rows(items)
+        noisy = [self._noised(item) for item in items]
+        rows = [item.rows[item.step] for item in items]
+        slots = [item.slots for item in items if item.slots is not None]
+        view = self.pool.view(rows, slots[0] if len(slots) == 1 else torch.cat(slots))
+        timestep_B = stacked([item.schedule.timesteps[item.step] for item in items])
+        clean = self._run(
+            noisy,
+            [item.source for item in items],
+            timestep_B,
+            stacked([item.schedule.sigmas[item.step] for item in items]),
+            stacked([item.schedule.strength for item in items]),
+            [item.prompt for item in items],
+            view,
+        )
+        for row, item in enumerate(items):
+            item.clean = clean[row : row + 1]
+            item.step += 1
+            if item.done:
+                item.state.history.append(PassInput(noisy[row], item.source, timestep_B[row : row + 1]))
+
+    def recache(self, state: SessionState, prompt: PromptContext) -> None:
+        """Compute what the cache holds of a stream again for another prompt, oldest frame first.
+
+        Costs a pass for each frame of the window, once; earlier frames then no longer speak for the old prompt.
+        Source: KV re-cache of LongLive, arXiv:2509.22622.
+        """
+        row, *others = state.rows
+        self.pool.clear(row)
+        for given in state.history:
+            slots = self.pool.advance([row], given.noisy.shape[1], look_BE=self._look(given.source))
+            unused = torch.zeros_like(given.timestep)
+            view = self.pool.view([row], slots)
+            self._run([given.noisy], [given.source], given.timestep, unused, unused, [prompt], view)
+        for other in others:
+            self.pool.copy_row(row, other)
+
+    def _look(self, source: Tensor) -> Tensor | None:
+        return None if self.pool.cache.sink_refresh is None else self.transformer.look(source)
+
+    def _enter_rows(self, items: Sequence[Item]) -> None:
+        """Take cache slots for those items that come to a row they have not been in."""
+        new = [item for item in items if item.step == 0 or item.rows[item.step] is not item.rows[item.step - 1]]
+        if not new:
+            return
+        rows: list[CacheRow] = [item.rows[item.step] for item in new]
+        sink = look = None
+        if all(item.look is not None for item in new):
+            look = torch.cat([item.look for item in new if item.look is not None])
+        if any(item.sink is not None for item in new):
+            none = torch.full((1,), EMPTY, device=self.pool.held.device)
+            sink = torch.cat([none if item.sink is None else item.sink for item in new])
+        slots = self.pool.advance(rows, new[0].source.shape[1], sink=sink, look_BE=look)
+        for row, item in enumerate(new):
+            item.slots = slots[row : row + 1]
+
+    def _noised(self, item: Item) -> Tensor:
+        noise = item.state.noise.draw(item.chunk, item.step, item.source.shape[1])
+        level = item.schedule.mix if item.step == 0 else item.schedule.sigmas[item.step]
+        return add_noise(item.clean, noise, level.view(1, 1).float())
+
+    def _run(
+        self,
+        noisy: Sequence[Tensor],
+        source: Sequence[Tensor],
+        timestep_B: Tensor,
+        sigma_B: Tensor,
+        strength_B: Tensor,
+        prompts: Sequence[PromptContext],
+        view: CacheView,
+    ) -> Tensor:
+        noisy_BTCHW, source_BTCHW = (x[0] if len(x) == 1 else torch.cat(tuple(x)) for x in (noisy, source))
+        return self._pass(noisy_BTCHW, source_BTCHW, timestep_B, sigma_B, strength_B, self._join(prompts), view)
+
+    def _join(self, prompts: Sequence[PromptContext]) -> PromptContext:
+        """One batch of prompts; kept for as long as the same streams come together."""
+        wanted = tuple(prompts)
+        if self._joined is None or len(self._joined[0]) != len(wanted) or any(
+            a is not b for a, b in zip(self._joined[0], wanted, strict=True)
+        ):
+            self._joined = wanted, PromptContext.joined(wanted)
+        return self._joined[1]
+
+    def _one_pass(
+        self,
+        noisy_BTCHW: Tensor,
+        source_BTCHW: Tensor,
+        timestep_B: Tensor,
+        sigma_B: Tensor,
+        strength_B: Tensor,
+        prompt: PromptContext,
+        view: CacheView,
+    ) -> Tensor:
+        """The whole of a pass on the device: what is compiled, or captured into a graph."""
+        condition = source_BTCHW if self._conditioned else None
+        output = self.transformer(noisy_BTCHW, condition, timestep_B, prompt, view)
+        prediction = self.transformer.config.prediction
+        return predict_clean(prediction, output, noisy_BTCHW, source_BTCHW, sigma_B, strength_B)

@@ -3,13 +3,15 @@
 Axes in names: B batch, T latent frames, C channels, H and W rows and columns, S denoising steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.config import MAX_STEPS, SamplingConfig
+
 TABLE_ENTRIES = 1000
-MAX_STEPS = 4
 
 
 def sigma_table(shift: float) -> Tensor:
@@ -23,9 +25,10 @@ def sigma_table(shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def nearest_sigma(timestep: float, table: Tensor) -> float:
-    """The table's noise level nearest to a timestep from 0 to 1000. Reads the table: for set-up, not for a tick."""
-    return float(table[(table * 1000 - timestep).abs().argmin()])
+def nearest_sigma(timestep: Tensor, table: Tensor) -> Tensor:
+    """The table's noise level nearest to each timestep (0 to 1000), without a read to the host; shape of timestep."""
+    index = (table * 1000 - timestep.double().unsqueeze(-1)).abs().argmin(dim=-1)
+    return table[index]
 
 
 def add_noise(clean_BTCHW: Tensor, noise_BTCHW: Tensor, sigma_BT: Tensor) -> Tensor:
@@ -81,20 +84,88 @@ def sampling_sigmas(steps: int, strength: float, shift: float) -> tuple[float, .
 
 
 @dataclass(frozen=True)
-class SamplingPlan:
-    """The steps of every chunk of a stream, with their levels on its device so that a step reads nothing back."""
+class ChunkSchedule:
+    """The noise levels of one chunk, on its device, so that a step reads nothing back.
 
-    strength: float
+    mix: share of noise in the chunk before its first step, []. sigmas, timesteps: of each step, float64 [S]: what the
+    network is told, and what its answer is taken at. strength: []; scales the residual of a `source_residual` model.
+    """
+
+    mix: Tensor
     sigmas: Tensor
     timesteps: Tensor
+    strength: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the chunk; 0: the source is the result."""
+        return self.timesteps.shape[0]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How every chunk of a stream is noised, until its parameters change.
+
+    base: the schedule of a chunk whose noise level nothing moves. level: noise scale at the stream's strength, float64.
+    """
+
+    config: SamplingConfig
+    base: ChunkSchedule
+    level: Tensor
+    offset: int
+    table: Tensor
 
     @property
     def steps(self) -> int:
         """Denoising steps per chunk; 0 at strength 0."""
-        return self.sigmas.shape[0]
+        return self.base.steps
+
+    def at_level(self, level: Tensor) -> ChunkSchedule:
+        """The schedule of a chunk at a noise level of its own, float64 []: it moves the first timestep.
+
+        The first timestep is truncated, as the public code does. Where it comes down to the second, the later ones are
+        scaled with it, so that the steps still fall (`MotionConfig.monotonic`).
+        """
+        first = torch.trunc(1000 * level) - self.offset
+        later = self.base.timesteps[1:]
+        motion = self.config.motion
+        if motion is not None and motion.monotonic:
+            first = first.clamp_min(1)
+            if later.shape[0]:
+                later = torch.where(first > later[0], later, later * (first / self.base.timesteps[0]))
+        timesteps = torch.cat((first[None], later))
+        return ChunkSchedule(level, nearest_sigma(timesteps, self.table), timesteps, self.base.strength)
 
 
-def sampling_plan(steps: int, strength: float, shift: float, device: torch.device | str) -> SamplingPlan:
-    """Plan for `sampling_sigmas`, with sigmas and timesteps (1000 * sigma) float32 [S]."""
-    sigmas = torch.tensor(sampling_sigmas(steps, strength, shift), dtype=torch.float64)
-    return SamplingPlan(strength, sigmas.float().to(device), (1000 * sigmas).float().to(device))
+def sampling_plan(steps: int, strength: float, config: SamplingConfig, device: torch.device | str) -> SamplingPlan:
+    """Lay out the steps of a stream.
+
+    Args:
+        steps: 1 to 4. strength: 0 to 1; with listed timesteps it scales them and the noise together.
+
+    Raises: ValueError outside of these, or for more steps than the model has timesteps.
+    """
+    table = sigma_table(config.shift)
+    listed = config.timesteps
+    if listed is None:
+        sigmas = torch.tensor(sampling_sigmas(steps, strength, config.shift), dtype=torch.float64)
+        timesteps, level = 1000 * sigmas, config.noise_scale * (float(sigmas[0]) if len(sigmas) else 0.0)
+    else:
+        if not 1 <= steps <= len(listed):
+            raise ValueError(f"steps {steps} must be from 1 to {len(listed)}, the timesteps of this model")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength} must be from 0 to 1")
+        timesteps = strength * torch.tensor(listed[: steps if strength else 0], dtype=torch.float64)
+        sigmas, level = nearest_sigma(timesteps, table), config.noise_scale * strength
+    base = ChunkSchedule(
+        torch.tensor(level, dtype=torch.float64).to(device),
+        sigmas.to(device),
+        timesteps.to(device),
+        torch.tensor(strength, dtype=torch.float32).to(device),
+    )
+    return SamplingPlan(config, base, base.mix, round(config.timestep_offset * strength), table.to(device))
+
+
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """One value per row as a batch [B]; no copy for one."""
+    return values[0].view(1) if len(values) == 1 else torch.stack(tuple(values))

@@ -1,94 +1,306 @@
-"""The keys and values a stream keeps: a rolling window of latent frames with sinks that stay.
+"""The keys and values that streams keep: for each a rolling window of latent frames with sinks that stay.
 
-Axes in names: B batch, N tokens, D channels of one head.
+Axes in names: B rows of one pass, W slots of the window (one latent frame each), S sink slots, F frames of the chunk,
+N tokens of a frame, G heads, D channels of one head, R = D / 2 rotation pairs.
 
-Keys lie unrotated and are turned when read, to their place in the window (sinks at 0, 1, ..., the newest last), so
-that positions never run out and nothing drifts: rotating stored keys in place costs 29 % after 1,000 chunks in bf16.
-Nothing is rolled, joined or copied in the store; a chunk overwrites the oldest slot. All denoising steps of a
-chunk write the same slots, so what the last step wrote stays and no clean pass is needed.
+A pool holds the memory of every stream of a rank, allocated once, in rows: a row is one window through all layers. A
+stream leases one row, or one for each denoising step when the steps of successive chunks run together.
+
+Which slot a chunk overwrites and where each slot stands in time is kept and worked out on the device, from one small
+tensor of frame indices: no pass reads anything back to the host, no slot is ever rolled, joined or copied. All
+denoising steps of a chunk write the same slots, so what the last step wrote stays and no clean pass is needed.
+
+Keys lie unrotated and are turned when read, in all three position modes, so nothing drifts however often positions
+change: rotating stored keys in place costs 29 % after 1,000 chunks in bf16.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.attention import Attend, Lengths, flex_attend, flex_block_mask, sdpa_attention
+from engine.config import CacheConfig
 from engine.wan.presets import TransformerConfig
-from engine.wan.rope import Rotation, rope_rotation, rotate
+from engine.wan.rope import Rotation, axis_pairs, rope_rotation, rotate, turn_frequencies
+
+EMPTY = -1
+# Above any frame index: three more than int32 of them, at 16 fps and 4 frames each, are 17 years.
+_FAR = 1 << 31
 
 
-class KVCache:
-    """One stream's cache for every layer; the `Attention` of streaming."""
+@dataclass
+class CacheRow:
+    """One leased row: its place in the pool, and how many latent frames it has been given, which the host knows."""
+
+    index: int
+    seen: int = 0
+
+
+class KVPool:
+    """Cache memory of a rank and the bookkeeping of its slots."""
 
     def __init__(
         self,
         config: TransformerConfig,
+        grid: tuple[int, int],
         rows: int,
-        columns: int,
         *,
-        batch: int = 1,
+        cache: CacheConfig | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        attend: Attend = sdpa_attention,
+        static: bool = False,
     ) -> None:
-        """Allocate all memory the stream will need.
+        """Allocate all memory that `rows` rows will need.
 
         Args:
-            rows: token rows of a latent frame; columns likewise.
+            grid: token rows and columns of a latent frame.
+            static: show a pass the whole window from the first chunk on, the empty part masked, so that its shapes
+                never change: for compiled passes and graphs.
+
+        Raises: ValueError, if positions would be refreshed before the window is full.
         """
-        self.window, self.sink, self.tokens = config.window_frames, config.sink_frames, rows * columns
-        self._ring = self.window - self.sink
-        shape = (config.layers, batch, config.heads, self.window, self.tokens, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._table = rope_rotation(config.head_dim, self.window, rows, columns, device=device)
-        # Slots in writing order: first all of them, then the rolling ones again; long enough for a chunk that wraps.
-        rolling = torch.arange(self.sink, self.window)
-        self._order = torch.cat((torch.arange(self.window), rolling, rolling)).to(device)
-        self._places = self._slot_places().to(device)
-        self.frames_seen = 0
-        # What `begin_chunk` sets: the slots to write, and where the chunk and all valid slots stand in the window.
-        self._slots = self._order[:0]
-        self._query = self._key = self._table
+        self.window, self.sinks, self.tokens = config.window_frames, config.sink_frames, grid[0] * grid[1]
+        self.cache = cache or CacheConfig()
+        self.attend, self.static = attend, static
+        if self.cache.positions == "refresh" and self.cache.refresh_at <= self.window:
+            raise ValueError(f"refresh_at {self.cache.refresh_at} must be above window_frames {self.window}")
+        shape = (rows, self.window, self.tokens, config.heads, config.head_dim)
+        self.keys = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers))
+        self.values = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers))
+        # Frame index in every slot, and the index of the next frame, by row.
+        self.held = torch.full((rows, self.window), EMPTY, device=device)
+        self.next = torch.zeros(rows, dtype=torch.int64, device=device)
+        # What sinks looked like when they were written, for the similarity of new frames.
+        self.sink_looks = torch.zeros(rows, self.sinks, config.dim, device=device)
+        self._free = list(range(rows))[::-1]
+        self._slot = torch.arange(self.window, device=device)
+        self._is_sink = self._slot < self.sinks
+        time_pairs = axis_pairs(config.head_dim)[0]
+        self._frequencies = turn_frequencies(time_pairs, device=device)
+        space = rope_rotation(config.head_dim, 1, *grid, device=device)
+        self._space = Rotation(space.cos[:, time_pairs:], space.sin[:, time_pairs:])
+        self._row_tensors: dict[tuple[int, ...], Tensor] = {}
 
-    def _slot_places(self) -> Tensor:
-        """Window position of every slot [ring, window], by how far the ring has turned."""
-        sinks = torch.arange(self.sink)
-        rolling = torch.arange(self._ring)
-        turned = [torch.cat((sinks, self.sink + (rolling - turn) % self._ring)) for turn in range(self._ring)]
-        return torch.stack(turned)
+    # --- leases
 
-    @property
-    def valid_frames(self) -> int:
-        """Latent frames that a query of the current chunk sees, itself included."""
-        return min(self.frames_seen, self.window)
+    def lease(self, count: int) -> list[CacheRow]:
+        """Take empty rows, neighbours where possible. Raises MemoryError when fewer are free."""
+        if count > len(self._free):
+            raise MemoryError(f"{count} cache rows asked for, {len(self._free)} free: close a stream or allow more")
+        self._free.sort(reverse=True)
+        rows = [CacheRow(self._free.pop()) for _ in range(count)]
+        for row in rows:
+            self.clear(row)
+        return rows
 
-    def begin_chunk(self, frames: int) -> None:
-        """Take the slots for the next chunk; its denoising steps then all write to them.
+    def release(self, rows: Sequence[CacheRow]) -> None:
+        """Give rows back."""
+        self._free += [row.index for row in rows]
 
+    def clear(self, row: CacheRow) -> None:
+        """Empty a row. Its memory is zeroed: what a mask hides must still be a number."""
+        row.seen = 0
+        self.held[row.index].fill_(EMPTY)
+        self.next[row.index].zero_()
+        self.sink_looks[row.index].zero_()
+        for tensor in (*self.keys, *self.values):
+            tensor[row.index].zero_()
+
+    def copy_row(self, source: CacheRow, target: CacheRow) -> None:
+        """Let `target` hold what `source` holds."""
+        target.seen = source.seen
+        for tensor in (self.held, self.next, self.sink_looks, *self.keys, *self.values):
+            tensor[target.index].copy_(tensor[source.index])
+
+    # --- slots
+
+    def row_tensor(self, rows: Sequence[CacheRow]) -> Tensor:
+        """Indices of the rows on the device; made once for each set of rows."""
+        indices = tuple(row.index for row in rows)
+        if indices not in self._row_tensors:
+            if len(self._row_tensors) > 256:
+                self._row_tensors.clear()
+            self._row_tensors[indices] = torch.tensor(indices).to(self.held.device)
+        return self._row_tensors[indices]
+
+    def choose_sinks(self, rows: Sequence[CacheRow], look_BE: Tensor) -> Tensor | None:
+        """Decide for each row whether its next frame takes the place of a sink: the slot, or EMPTY for none.
+
+        One decision a frame, for all layers and steps: hand it to `advance` for every row the frame enters. None
+        before the window is full, and where `CacheConfig.sink_refresh` is off.
+
+        Args:
+            look_BE: what the frame looks like, see `CausalTransformer.look`.
+
+        Source: StreamDiffusionV2, section 4.2: keep a sink whose cosine with the new chunk is at least a threshold.
+            There are as many decisions as layers in its public code, and some before the sinks are filled.
+        """
+        threshold = self.cache.sink_refresh
+        if threshold is None or not self.sinks or any(row.seen < self.window for row in rows):
+            return None
+        index = self.row_tensor(rows)
+        likeness = functional.cosine_similarity(self.sink_looks[index], look_BE[:, None].float(), dim=-1)
+        least, slot = likeness.min(dim=1)
+        return torch.where(least < threshold, slot, EMPTY)
+
+    def advance(
+        self, rows: Sequence[CacheRow], frames: int, *, sink: Tensor | None = None, look_BE: Tensor | None = None
+    ) -> Tensor:
+        """Take the slots for the next chunk of every row; its denoising steps then all write to them.
+
+        Args:
+            frames: latent frames of the chunk, the same in every row.
+            sink: what `choose_sinks` said.
+            look_BE: kept for those frames that become sinks.
+
+        Returns: slots [B, F] on the device, for `view`.
         Raises: ValueError, if the chunk does not fit the rolling part of the window.
         """
-        if not 1 <= frames <= self._ring:
-            raise ValueError(f"a chunk of {frames} latent frames must hold 1 to {self._ring}")
-        seen = self.frames_seen
-        start = seen if seen < self.window else self.window + (seen - self.window) % self._ring
-        self.frames_seen = seen + frames
-        self._slots = self._order.narrow(0, start, frames)
-        tokens, valid = frames * self.tokens, self.valid_frames * self.tokens
-        self._query = self._table.narrow(valid - tokens, tokens)
-        self._key = self._table.narrow(0, valid)
-        if self.frames_seen > self.window:
-            places = self._places[(self.frames_seen - self.window) % self._ring]
-            self._key = Rotation(self._by_slot(self._table.cos, places), self._by_slot(self._table.sin, places))
+        if not 1 <= frames <= self.window - self.sinks:
+            raise ValueError(f"a chunk of {frames} latent frames must hold 1 to {self.window - self.sinks}")
+        index = self.row_tensor(rows)
+        held, start = self.held[index], self.next[index]
+        if self.cache.positions == "refresh":
+            held, start = self._brought_back(held, start, frames)
+        # Empty slots first, in order; then the oldest of the rolling ones; never a filled sink.
+        order = torch.where(self._is_sink & (held >= 0), _FAR, held).argsort(dim=1, stable=True)
+        slots = order[:, :frames]
+        if sink is not None:
+            slots = torch.where(sink[:, None] >= 0, sink[:, None], slots)
+        if self.cache.sink_ema is not None and self.sinks:
+            self._fold_evicted(rows, index, slots)
+        self.held[index] = held.scatter(1, slots, start[:, None] + torch.arange(frames, device=held.device))
+        self.next[index] = start + frames
+        if look_BE is not None and self.sinks:
+            looks = self.sink_looks[index]
+            taken = (slots[:, :, None] == self._slot[: self.sinks]).any(1)[:, :, None]
+            self.sink_looks[index] = torch.where(taken, look_BE[:, None].float(), looks)
+        for row in rows:
+            row.seen += frames
+        return slots
 
-    def _by_slot(self, table: Tensor, places: Tensor) -> Tensor:
-        return table.view(self.window, self.tokens, -1).index_select(0, places).flatten(0, 1)
+    def _brought_back(self, held: Tensor, start: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """Where a row's next index reaches the limit, move it and all kept frames back to a full window's indices.
+
+        Source: StreamDiffusionV2, section 4.2 (RoPE refresh). Its public code resets the index alone and leaves kept
+            keys turned by their old one; here they are turned when read, by the index they have then.
+        """
+        due = (start + frames > self.cache.refresh_at)[:, None]
+        moved = torch.where(self._is_sink, self._slot, held - (start[:, None] - (self.window - frames)))
+        back = torch.full_like(start, self.window - frames)
+        return torch.where(due & (held >= 0), moved, held), torch.where(due[:, 0], back, start)
+
+    def _fold_evicted(self, rows: Sequence[CacheRow], index: Tensor, slots: Tensor) -> None:
+        """Average what full rows are about to lose into their sinks, one sink after another.
+
+        Source: Reward Forcing, arXiv:2512.04678 (EMA-Sink), frame by frame.
+        """
+        keep = self.cache.sink_ema
+        assert keep is not None
+        if any(row.seen < self.window for row in rows):
+            return
+        for frame in range(slots.shape[1]):
+            slot = slots[:, frame]
+            sink = self.held[index, slot] % self.sinks
+            for tensor in (*self.keys, *self.values):
+                tensor[index, sink] = torch.lerp(tensor[index, slot], tensor[index, sink], keep)
+
+    # --- reading and writing
+
+    def view(self, rows: Sequence[CacheRow], slots: Tensor) -> "CacheView":
+        """What one pass over these rows needs: where to write the current chunk, and how to read all valid frames.
+
+        Args:
+            slots: of the current chunk [B, F], from `advance`; rows of several calls are joined with torch.cat.
+        """
+        index = self.row_tensor(rows)
+        held = self.held[index]
+        frames = slots.shape[1]
+        place = self._places(held, slots)
+        valid = self.window if self.static else min(self.window, max(row.seen for row in rows))
+        mask = None
+        if any(min(row.seen, self.window) != valid for row in rows):
+            mask = (held[:, :valid] >= 0).repeat_interleave(self.tokens, dim=1)[:, None, None]
+        count = (held >= 0).sum(dim=1).to(torch.int32) * self.tokens
+        first = rows[0].index
+        together = [row.index for row in rows] == list(range(first, first + len(rows)))
+        keys, values = self.keys, self.values
+        if together:
+            keys = tuple(x.narrow(0, first, len(rows)) for x in keys)
+            values = tuple(x.narrow(0, first, len(rows)) for x in values)
+            base = torch.arange(len(rows), device=index.device)
+        else:
+            base = index
+        return CacheView(
+            attention=self.attend,
+            keys=keys,
+            values=values,
+            rows=None if together else index,
+            slots=(base[:, None] * self.window + slots).flatten(),
+            query=self._rotation(place.gather(1, slots)),
+            key=self._rotation(place[:, :valid]),
+            frames=frames,
+            valid=valid,
+            lengths=self._lengths(count, mask, frames * self.tokens, valid * self.tokens),
+        )
+
+    def _lengths(self, count: Tensor, mask: Tensor | None, queries: int, keys: int) -> Lengths:
+        masked_flex = mask is not None and self.attend is flex_attend
+        return Lengths(count, mask, flex_block_mask(count, queries, keys) if masked_flex else None)
+
+    def _places(self, held: Tensor, slots: Tensor) -> Tensor:
+        """Position in time of every slot [B, W]."""
+        if self.cache.positions != "relative":
+            return held
+        # Sinks in slot order, then rolling frames by age, then the current chunk, which may sit in a sink's slot.
+        current = (slots[:, :, None] == self._slot).any(1)
+        rank = torch.where(self._is_sink, self._slot, held + self.window)
+        rank = torch.where(current, held + _FAR, rank)
+        rank = torch.where(held < 0, 2 * _FAR, rank)
+        return rank.argsort(dim=1, stable=True).argsort(dim=1)
+
+    def _rotation(self, place: Tensor) -> Rotation:
+        """Tables [B, M * N, 1, R] for frames at the given positions [B, M], formed in float64."""
+        shape = (*place.shape, self.tokens, -1)
+        time = place.double()[:, :, None, None] * self._frequencies
+        tables = []
+        for turn, space in ((time.cos().float(), self._space.cos), (time.sin().float(), self._space.sin)):
+            tables.append(torch.cat((turn.expand(shape), space.expand(*place.shape, -1, -1)), dim=-1))
+        return Rotation(*(table.flatten(1, 2).unsqueeze(2) for table in tables))
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The cache as one pass of the transformer sees it; the `Attention` of streaming. Tensors and fixed numbers only,
+    so that a compiled pass takes any of one shape.
+
+    keys, values: per layer [rows, W, N, G, D]: the rows of this pass, or all of the pool where those are scattered and
+        `rows` names them. slots: where the chunk is written, as an index into the flattened first two axes.
+    """
+
+    attention: Attend
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    rows: Tensor | None
+    slots: Tensor
+    query: Rotation
+    key: Rotation
+    frames: int
+    valid: int
+    lengths: Lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [B, heads, N, D] in the chunk's slots and attend from q to all valid slots; like q."""
-        keys, values = self.keys[layer], self.values[layer]
-        frames = self._slots.shape[0]
-        keys.index_copy_(2, self._slots, k.view(*k.shape[:2], frames, self.tokens, -1))
-        values.index_copy_(2, self._slots, v.view(*v.shape[:2], frames, self.tokens, -1))
-        valid = self.valid_frames
-        seen_keys = rotate(keys[:, :, :valid].flatten(2, 3), self._key)
-        query = rotate(q, self._query)
-        return functional.scaled_dot_product_attention(query, seen_keys, values[:, :, :valid].flatten(2, 3))
+        """Store k and v [B, F * N, G, D] in the chunk's slots and attend from q to all valid slots; like q."""
+        keys = self._store_and_read(self.keys[layer], k)
+        values = self._store_and_read(self.values[layer], v)
+        return self.attention(rotate(q, self.query), rotate(keys, self.key), values, self.lengths)
+
+    def _store_and_read(self, store: Tensor, new: Tensor) -> Tensor:
+        frame = store.shape[2:]
+        store.view(-1, *frame).index_copy_(0, self.slots, new.reshape(-1, *frame))
+        read = store if self.rows is None else store.index_select(0, self.rows)
+        return read.narrow(1, 0, self.valid).flatten(1, 2)

@@ -1,7 +1,12 @@
-"""Frames of one chunk through VAE encode, denoise and VAE decode, as plain calls.
+"""Frames of chunks through VAE encode, denoise and VAE decode, as plain calls.
 
 Axes in names: B batch, T frames, C channels, H and W rows and columns.
 """
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,104 +14,363 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.api import StreamParams
-from engine.denoise import denoise_chunk
-from engine.flow_match import SamplingPlan, sampling_plan
-from engine.kv_cache import KVCache
-from engine.session import SessionState
+from engine.attention import attention_for
+from engine.config import CacheConfig, SamplingConfig
+from engine.denoise import StreamBatch
+from engine.flow_match import ChunkSchedule, SamplingPlan, sampling_plan
+from engine.kv_cache import KVPool
+from engine.lanes import Lanes
+from engine.noise_control import MotionState, next_level, remember
+from engine.prompts import PromptState
+from engine.session import FixedNoise, FreshNoise, Item, NoiseSource, SessionState
 from engine.wan.transformer import PromptContext
-from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
 from engine.wan.weights import Model
 
-CHUNK_LENGTHS = (1, FRAMES_PER_LATENT)
+Mode = Literal["sequential", "batch"]
+CHUNK_LENGTHS = (1, FRAMES_PER_LATENT, 1 + FRAMES_PER_LATENT)
+# Figures are taken on every fourth pixel each way.
+FIGURE_STRIDE = 4
+DEFAULT_STREAMS = 16
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One chunk that is done.
+
+    frames: [T, H, W, 3] uint8 on the model's device; None when there was no prompt to render it with yet.
+    figures: what `engine.health` judges by, float32, on the model's device.
+    """
+
+    state: SessionState
+    chunk: int
+    revision: int
+    frames: Tensor | None
+    figures: Tensor | None
 
 
 class Pipeline:
     """A model at one frame size. Any number of sessions may take turns on it; none leaves a trace in it."""
 
-    def __init__(self, model: Model, width: int, height: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        width: int,
+        height: int,
+        *,
+        streams: int = DEFAULT_STREAMS,
+        mode: Mode = "sequential",
+        attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto",
+        compile_pass: bool = False,
+        sampling: SamplingConfig | None = None,
+        cache: CacheConfig | None = None,
+    ) -> None:
         """Prepare for frames of width x height pixels.
+
+        Args:
+            streams: sessions to allocate cache for.
+            mode: whether a chunk takes its steps one after another, or together with those of the chunks before it.
+            sampling, cache: in place of what the model's configuration says.
 
         Raises: ValueError, if the size is not a multiple of the VAE's stride times the transformer's patch.
         """
-        _, rows, columns = model.config.transformer.patch
+        transformer = model.config.transformer
+        _, rows, columns = transformer.patch
         for name, value, patch in (("width", width, columns), ("height", height, rows)):
             if value < 1 or value % (PIXELS_PER_LATENT * patch):
                 raise ValueError(f"{name} {value} must be a positive multiple of {PIXELS_PER_LATENT * patch}")
         self.model = model
-        self.width, self.height = width, height
-
-    @torch.inference_mode()
-    def open(self, params: StreamParams) -> SessionState:
-        """A fresh stream: allocates its cache, encodes its prompt and draws its noise."""
-        config = self.model.config.transformer
-        latent_height, latent_width = self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
-        _, rows, columns = config.patch
-        cache = KVCache(
-            config,
-            latent_height // rows,
-            latent_width // columns,
-            device=self.model.device,
-            dtype=self.model.dtype,
+        self.width, self.height, self.mode = width, height, mode
+        self.sampling = sampling or model.config.sampling
+        self.max_steps = 4 if self.sampling.timesteps is None else len(self.sampling.timesteps)
+        self._rows_per_stream = self.max_steps if mode == "batch" else 1
+        self._latent = (transformer.latent_channels, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+        self._starts_alone = model.config.serving.first_chunk_frames > 1
+        pool = KVPool(
+            transformer,
+            (self._latent[1] // rows, self._latent[2] // columns),
+            streams * self._rows_per_stream,
+            cache=cache or model.config.cache,
+            device=model.device,
+            dtype=model.dtype,
+            attend=attention_for(attention, model.device, model.dtype),
+            static=compile_pass,
         )
-        prompt = self._prompt(params.prompt)
-        return SessionState(params, cache, prompt, self._plan(params), self._noise(params.seed))
+        self.pool = pool
+        self.batch = StreamBatch(model.transformer, pool, compile_pass=compile_pass)
+        self.lanes = Lanes(model.device)
+
+    # --- streams
 
     @torch.inference_mode()
-    def set_params(self, state: SessionState, params: StreamParams) -> None:
-        """Change a stream between two chunks; cache and VAE memories stay, so the picture goes on."""
-        if params.prompt != state.params.prompt:
-            state.prompt = self._prompt(params.prompt)
+    def open(self, params: StreamParams, noise: NoiseSource | None = None) -> SessionState:
+        """A fresh stream: leases its cache rows and draws its noise. Close it to give the rows back.
+
+        Raises: MemoryError when every row is leased; ValueError for parameters that the model cannot follow.
+        """
+        plan = self.plan(params)
+        return SessionState(
+            params=params,
+            rows=self.pool.lease(self._rows_per_stream),
+            prompts=PromptState(params.prompts),
+            plan=plan,
+            noise=noise or self._noise(params.seed),
+            history=deque(maxlen=self.pool.window),
+        )
+
+    def close(self, state: SessionState) -> None:
+        """Give a stream's cache rows back."""
+        self.pool.release(state.rows)
+        state.rows = []
+
+    @torch.inference_mode()
+    def set_params(self, state: SessionState, params: StreamParams, revision: int = 0) -> None:
+        """Change a stream between two chunks; cache and VAE memories stay, so the picture goes on.
+
+        Raises: ValueError for parameters that the model cannot follow; the stream then stays as it was.
+        """
+        if (params.steps, params.strength) != (state.params.steps, state.params.strength):
+            state.plan = self.plan(params)
         if params.seed != state.params.seed:
             state.noise = self._noise(params.seed)
-        state.plan = self._plan(params)
+        state.prompts.want(params.prompts, params.transition_chunks)
+        state.health.relearn()
         state.params = params
+        state.pending_revision = revision
+
+    @torch.inference_mode()
+    def reanchor(self, state: SessionState) -> None:
+        """Begin the cache anew: the next frames become its sinks. The picture goes on in the VAE's memories."""
+        for row in state.rows:
+            self.pool.clear(row)
+        state.history.clear()
+        state.primed = 0
+
+    def reset(self, state: SessionState) -> list[int]:
+        """Begin the whole model state of a stream anew; its prompt stays.
+
+        Returns: chunks that were between their steps, which are lost.
+        """
+        self.reanchor(state)
+        lost = [item.chunk for item in state.in_flight]
+        state.in_flight.clear()
+        state.encoder, state.decoder, state.motion = VAEState(), VAEState(), MotionState()
+        state.shown = None
+        return lost
+
+    # --- chunks
 
     def render(self, state: SessionState, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Restyle one chunk.
+        """Restyle one chunk of one stream in sequential mode.
 
         Args:
-            frames: [T, H, W, 3] RGB of the pipeline's size, T 4 or 1. A single frame is shown to the model as 4.
+            frames: [T, H, W, 3] RGB of the pipeline's size, T 4, 1 or 5. A chunk that the VAE cannot take whole is
+                shown to the model with its first frame repeated before it.
 
         Returns: an array of its own with the same shape.
         Raises: ValueError for any other shape or dtype.
         """
+        (rendered,) = self.tick([(state, self.upload(frames))])
+        assert rendered.frames is not None  # tests and tools have their text encoder at hand
+        return rendered.frames.cpu().numpy()
+
+    def upload(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Frames on the model's device; checks them. Raises ValueError, naming the shape that is taken."""
         size = (self.height, self.width, 3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != size or len(frames) not in CHUNK_LENGTHS:
             raise ValueError(
-                f"frames {frames.dtype} {frames.shape} must be uint8 [T, {self.height}, {self.width}, 3], T 1 or 4"
+                f"frames {frames.dtype} {frames.shape} must be uint8 [T, {self.height}, {self.width}, 3], T 1, 4 or 5"
             )
-        # A tensor must not share memory with a read-only array.
-        owned = frames if frames.flags.writeable and frames.flags.c_contiguous else frames.copy()
-        rendered = self.tick(state, torch.from_numpy(owned).to(self.model.device))
-        return rendered.cpu().numpy()
+        return self.lanes.upload(frames)
 
     @torch.inference_mode()
-    def tick(self, state: SessionState, frames_THWC: Tensor) -> Tensor:
-        """`render` on the model's device, from uint8 tensor to uint8 tensor, without a read back to the host."""
-        pixels_BTCHW = frames_THWC.permute(0, 3, 1, 2).contiguous()[None].to(self.model.dtype).mul(1 / 127.5).sub_(1)
-        source_BTCHW, state.encoder = self.model.vae.encode(pixels_BTCHW, state.encoder)
-        latent_BTCHW = denoise_chunk(self.model.transformer, state, source_BTCHW)
-        decoded_BTCHW, state.decoder = self.model.vae.decode(latent_BTCHW, state.decoder)
+    def tick(self, jobs: Sequence[tuple[SessionState, Tensor]]) -> list[Rendered]:
+        """Take one chunk of each of some streams in and go on by one pass, without a read back to the host.
+
+        Args:
+            jobs: streams, each once, with uint8 frames [T, H, W, 3] on the model's device.
+
+        Returns: chunks that are done, in each stream's order. Sequential: those given. In batch mode a chunk of n
+            steps is returned n - 1 chunks later, or earlier when the number of steps changes.
+        """
+        results: list[Rendered] = []
+        items = []
+        for state, frames_THWC in jobs:
+            self.advance_prompts(state)
+            if state.prompts.context is None:
+                results.append(Rendered(state, state.chunks, state.revision, None, None))
+                self._count(state, frames_THWC.shape[0])
+                continue
+            with self.lanes.encode():
+                pixels = frames_THWC.permute(0, 3, 1, 2).to(self.model.dtype if self._plain else torch.float32)
+                pixels_TCHW = pixels.contiguous().mul_(1 / 127.5).sub_(1)
+                items.append(self.take_in(state, pixels_TCHW))
+        results += [self._finish(item) for item in self.denoise(items)]
+        return results
+
+    @property
+    def _plain(self) -> bool:
+        """Whether pixels are wanted in the model's dtype alone."""
+        return self.sampling.motion is None
+
+    def take_in(self, state: SessionState, pixels_TCHW: Tensor) -> Item:
+        """Encode a chunk and lay out its steps.
+
+        Args:
+            pixels_TCHW: in [-1, 1]; float32 where motion is measured on them, so that it is exact.
+        """
+        context = state.prompts.context
+        assert context is not None  # `tick` has seen to it
+        count = pixels_TCHW.shape[0]
+        first = 1 if self._starts_alone and not state.encoder.memory else 0
+        missing = (first - count) % FRAMES_PER_LATENT
+        whole = pixels_TCHW if not missing else torch.cat((pixels_TCHW[:1].expand(missing, -1, -1, -1), pixels_TCHW))
+        source, state.encoder = self.model.vae.encode(whole[None].to(self.model.dtype), state.encoder)
+        if self.sampling.latents == "normalised":
+            source = self.model.vae.normalise(source)
+        camera = self._camera_figures(state, pixels_TCHW)
+        schedule = self._schedule(state, pixels_TCHW, source)
+        together = self._runs_together(state, schedule.steps)
+        rows = state.rows[: schedule.steps] if together else state.rows[:1] * schedule.steps
+        item = Item(state, state.chunks, count, state.revision, source, source, schedule, context, rows, camera)
+        self._count(state, count)
+        self.batch.begin(item)
+        return item
+
+    def denoise(self, items: Sequence[Item]) -> list[Item]:
+        """Go on by one pass with all that is in flight for the streams of these items; returns those done."""
+        finished: list[Item] = []
+        alone: list[Item] = []
+        together: list[Item] = []
+        with self.lanes.denoise(item.source for item in items):
+            for item in items:
+                flight = item.state.in_flight
+                if item.schedule.steps > 1 and item.rows[0] is not item.rows[-1]:
+                    flight.append(item)
+                    together += flight
+                else:
+                    finished += self.drain(item.state)
+                    alone.append(item)
+            for group in _by_length(together):
+                self.batch.step(group)
+            while running := [item for item in alone if not item.done]:
+                for group in _by_length(running):
+                    self.batch.step(group)
+            for item in items:
+                if item in alone:
+                    self._prime(item)
+                    finished.append(item)
+                flight = item.state.in_flight
+                while flight and flight[0].done:
+                    finished.append(flight.popleft())
+        return finished
+
+    def drain(self, state: SessionState) -> list[Item]:
+        """Finish every chunk in flight of a stream without taking a new one in; returns them."""
+        finished = []
+        while state.in_flight:
+            for group in _by_length(state.in_flight):
+                self.batch.step(group)
+            while state.in_flight and state.in_flight[0].done:
+                finished.append(state.in_flight.popleft())
+        if state.primed > 1:
+            self.pool.copy_row(state.rows[state.primed - 1], state.rows[0])
+        state.primed = 0
+        return finished
+
+    def decode(self, item: Item) -> Tensor:
+        """Frames [T, 3, H, W] of a chunk that is done, about [-1, 1], not clamped."""
+        latent = item.clean
+        if not item.schedule.steps and self.sampling.latents == "raw":
+            latent = self.model.vae.normalise(latent)
+        decoded_BTCHW, item.state.decoder = self.model.vae.decode(latent, item.state.decoder)
+        return decoded_BTCHW[0, -item.frames :]
+
+    # --- parts
+
+    def _finish(self, item: Item) -> Rendered:
+        with self.lanes.decode(item.clean):
+            frames_TCHW = self.decode(item)
+            figures = self._figures(item, frames_TCHW)
+            shown = frames_TCHW.clamp(-1, 1).add_(1).mul_(127.5).round_()
+            frames_THWC = shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures)
+
+    def _count(self, state: SessionState, frames: int) -> None:
         state.chunks += 1
-        state.frames += frames_THWC.shape[0]
-        shown = decoded_BTCHW[0, -frames_THWC.shape[0] :].clamp(-1, 1).add_(1).mul_(127.5).round_()
-        return shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        state.frames += frames
+
+    def _runs_together(self, state: SessionState, steps: int) -> bool:
+        """Whether a chunk joins those in flight: batch mode, and rows that are ready for as many steps."""
+        return self.mode == "batch" and steps > 1 and state.primed == steps
+
+    def _prime(self, item: Item) -> None:
+        """After a chunk on one row, give the row of every step what that one holds."""
+        steps = item.schedule.steps
+        if self.mode == "batch" and steps > 1:
+            for row in item.state.rows[1:steps]:
+                self.pool.copy_row(item.state.rows[0], row)
+            item.state.primed = steps
+
+    def advance_prompts(self, state: SessionState) -> None:
+        prompts = state.prompts
+        prompts.advance(self.model.text.request, self._contextualise)
+        if prompts.changed and state.params.recache and prompts.context is not None:
+            self.batch.recache(state, prompts.context)
+        if state.pending_revision is not None and not prompts.pending:
+            state.revision, state.pending_revision = state.pending_revision, None
+
+    def _schedule(self, state: SessionState, pixels_TCHW: Tensor, source_BTCHW: Tensor) -> ChunkSchedule:
+        plan, motion = state.plan, self.sampling.motion
+        if motion is None or not plan.steps:
+            return plan.base
+        frames = pixels_TCHW if motion.source == "pixels" else source_BTCHW[0]
+        if state.motion.before is None:
+            remember(state.motion, frames)
+            return plan.base
+        return plan.at_level(next_level(state.motion, frames, plan.level, motion))
+
+    def _contextualise(self, states_LK: Tensor, mean_K: Tensor) -> PromptContext:
+        states, mean = (x[None].to(self.model.device, self.model.dtype) for x in (states_LK, mean_K))
+        return self.model.transformer.prompt_context(states, mean)
+
+    def plan(self, params: StreamParams) -> SamplingPlan:
+        """The steps that some parameters ask for. Raises ValueError for those the model does not have."""
+        return sampling_plan(params.steps, params.strength, self.sampling, self.model.device)
+
+    def _noise(self, seed: int) -> NoiseSource:
+        kind = FixedNoise if self.sampling.noise == "fixed" else FreshNoise
+        return kind(seed, self._latent, self.model.device, self.model.dtype)
+
+    def _camera_figures(self, state: SessionState, pixels_TCHW: Tensor) -> Tensor:
+        """Mean and change of the camera, on a scale of 0 to 1."""
+        small = pixels_TCHW[-1, :, ::FIGURE_STRIDE, ::FIGURE_STRIDE].float()
+        before, state.camera = state.camera, small
+        change = torch.zeros_like(small[0, 0, 0]) if before is None else (small - before).abs().mean() / 2
+        return torch.stack(((small.mean() + 1) / 2, change))
+
+    def _figures(self, item: Item, frames_TCHW: Tensor) -> Tensor:
+        """What `engine.health.ChunkFigures` holds, in its order."""
+        state = item.state
+        last = frames_TCHW[-1].float()
+        small = last[:, ::FIGURE_STRIDE, ::FIGURE_STRIDE].clamp(-1, 1)
+        before, state.shown = state.shown, small
+        change = torch.full_like(small[0, 0, 0], 1.0) if before is None else (small - before).abs().mean() / 2
+        pixels = (small.flatten(1) + 1) / 2
+        energy = (small[:, :, 1:] - small[:, :, :-1]).abs().mean() / 2
+        scale = item.clean.float().square().mean().sqrt()
+        finite = frames_TCHW.sum(dtype=torch.float32).isfinite().float()
+        figures = (energy, scale, change, *item.camera.unbind(), finite)
+        return torch.cat((pixels.mean(1), pixels.std(1), torch.stack(figures)))
 
     def nearest_style(self, prompt: str) -> tuple[str, float] | None:
         """Id of the known style that a prompt is nearest to and the cosine of the two; None for an empty prompt."""
         return self.model.styles.nearest(prompt)
 
-    def _prompt(self, prompt: str) -> PromptContext:
-        encoded = self.model.text.encode(prompt)
-        states, mean = (x[None].to(self.model.device, self.model.dtype) for x in (encoded.states, encoded.mean))
-        return self.model.transformer.prompt_context(states, mean)
 
-    def _plan(self, params: StreamParams) -> SamplingPlan:
-        return sampling_plan(params.steps, params.strength, self.model.config.shift, self.model.device)
-
-    def _noise(self, seed: int) -> Tensor:
-        # Drawn on the CPU, so that a seed means the same picture on every device.
-        channels = self.model.config.transformer.latent_channels
-        size = (1, 1, channels, self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT)
-        noise = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        return noise.to(self.model.device, self.model.dtype)
+def _by_length(items: Iterable[Item]) -> list[list[Item]]:
+    """Items that fit one pass together: those with the same number of latent frames."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.source.shape[1], []).append(item)
+    return list(groups.values())

@@ -59,14 +59,29 @@ class Scheduler:
 
     def pick(self, now: float, cost_s: float) -> tuple[Item | None, list[Drop]]:
         """The chunk to render at `now` when rendering takes `cost_s`, and the chunks given up on the way."""
+        items, drops = self.pick_batch(now, cost_s, 1)
+        return (items[0] if items else None), drops
+
+    def pick_batch(self, now: float, cost_s: float, limit: int) -> tuple[list[Item], list[Drop]]:
+        """The chunks to render together at `now`, each of another stream, and the chunks given up on the way.
+
+        Args:
+            cost_s: of one chunk. A chunk joins as long as the first one would be in time if all came after each other.
+            limit: most chunks of one pass.
+        """
         drops = []
         for waiting in self._waiting.values():
             while len(waiting) > 1 and waiting[0].deadline < now + cost_s:
                 drops.append(Drop(waiting.popleft(), "late"))
-        heads = [waiting[0] for waiting in self._waiting.values() if waiting]
-        if not heads:
-            return None, drops
         # Deadlines may be equal (two pages, one camera): the stream number makes the choice deterministic.
-        item = min(heads, key=lambda head: (head.deadline, head.stream))
-        self._waiting[item.stream].popleft()
-        return item, drops
+        heads = sorted(
+            (waiting[0] for waiting in self._waiting.values() if waiting), key=lambda head: (head.deadline, head.stream)
+        )
+        items = [
+            head
+            for place, head in enumerate(heads[:limit])
+            if place == 0 or now + (place + 1) * cost_s <= heads[0].deadline
+        ]
+        for item in items:
+            self._waiting[item.stream].popleft()
+        return items, drops

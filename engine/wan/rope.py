@@ -1,6 +1,6 @@
 """Three-axis rotary positions, split over a head's channels as Wan 2.1 splits them.
 
-Axes in names: N tokens (row by row, frame after frame), D channels of one head, R = D / 2 rotation pairs.
+Axes in names: N tokens (row by row, frame after frame), D channels of one head, R = D / 2 rotation pairs. B rows.
 
 Channel i of a head is rotated with channel i + D / 2 (half split). Wan's own checkpoints pair neighbours, 2i and
 2i + 1: a loader permutes the rows of the q and k projections and of their norms once, by `half_split_order`.
@@ -17,7 +17,7 @@ THETA = 10000.0
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines [N, R], float32, for N tokens; broadcast over batch and heads."""
+    """Cosines and sines, float32, [N, R] for N tokens, or with the axes of what they turn: [B, N, 1, R]."""
 
     cos: Tensor
     sin: Tensor
@@ -25,6 +25,10 @@ class Rotation:
     def narrow(self, start: int, length: int) -> "Rotation":
         """The same tables for tokens start to start + length, as views."""
         return Rotation(self.cos.narrow(0, start, length), self.sin.narrow(0, start, length))
+
+    def over_heads(self) -> "Rotation":
+        """The same tables [N, 1, R], for tokens with a head axis behind them."""
+        return Rotation(self.cos.unsqueeze(1), self.sin.unsqueeze(1))
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -36,6 +40,13 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
+def turn_frequencies(pairs: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """How far each pair of an axis turns from one position to the next, radians, float64 [pairs]: Wan's exponents."""
+    exponent: Tensor = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
+    frequencies: Tensor = THETA**-exponent
+    return frequencies
+
+
 def rope_angles(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Angles [F * H * W, R] in float64 for the grid of the given positions, each a 1-D tensor.
 
@@ -45,8 +56,7 @@ def rope_angles(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) ->
     grid = tuple(len(axis) for axis in positions)
     parts = []
     for axis, (position, pairs) in enumerate(zip(positions, axis_pairs(head_dim), strict=True)):
-        exponent = torch.arange(pairs, dtype=torch.float64, device=position.device) / pairs
-        angle = position.double()[:, None] * THETA**-exponent
+        angle = position.double()[:, None] * turn_frequencies(pairs, device=position.device)
         shape = [1, 1, 1, pairs]
         shape[axis] = grid[axis]
         parts.append(angle.view(shape).expand(*grid, pairs))
@@ -78,10 +88,11 @@ def rope_rotation(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn [..., N, D] by its tokens' angles; the product is formed in float32 and returned in x's dtype."""
+    """Turn x [..., D] by angles whose tables [..., R] broadcast over it; formed in float32, returned in x's dtype."""
     low, high = x.float().chunk(2, dim=-1)
     cos, sin = rotation.cos, rotation.sin
-    return torch.cat((low * cos - high * sin, low * sin + high * cos), dim=-1).to(x.dtype)
+    turned = torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(low * sin, high, cos)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def half_split_order(heads: int, head_dim: int) -> Tensor:

@@ -1,14 +1,14 @@
 """The causal diffusion transformer of Wan 2.1: one class from livebrush-tiny to 14B.
 
 Axes in names: B batch, T latent frames, C latent channels, H and W latent rows and columns, N tokens, E model
-width (dim), D channels of one head, L text positions, K text width.
+width (dim), G heads, D channels of one head, L text positions, K text width.
 
 What differs from Wan is switched on by the configuration alone: source latents as further input channels, the
 mean prompt embedding added to the time embedding, prediction of the residual on the source, and two
 convolutions on the predicted latent. Tokens of one chunk see each other, the sink frames and the rolling window.
 How they get at the keys of earlier frames is the business of an `Attention`: `ClipAttention` here has the whole
-clip at hand (training, tests), `engine.kv_cache` holds what a stream keeps. Both place the visible frames at
-positions 0, 1, and so on (sinks first, the newest last), so a stream never runs out of positions.
+clip at hand (training, tests), `engine.kv_cache` holds what streams keep. By default both place the visible frames
+at positions 0, 1, and so on (sinks first, the newest last), so a stream never runs out of positions.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from engine.wan.rope import Rotation, rope_rotation, rotate
 
 @dataclass(frozen=True)
 class PromptContext:
-    """What the transformer keeps of a prompt: text keys and values [B, heads, L, D] per layer, and the pooled
+    """What the transformer keeps of a prompt: text keys and values [B, G, L, D] per layer, and the pooled
     embedding [B, E] where the model takes one.
     """
 
@@ -33,12 +33,30 @@ class PromptContext:
     values: tuple[Tensor, ...]
     pooled: Tensor | None
 
+    @staticmethod
+    def joined(contexts: Sequence["PromptContext"]) -> "PromptContext":
+        """The contexts of several rows as one batch, without a copy where all are the same."""
+        first = contexts[0]
+        if len(contexts) == 1:
+            return first
+        if all(context is first for context in contexts):
+            count = len(contexts)
+            keys, values = (tuple(x.expand(count, -1, -1, -1) for x in xs) for xs in (first.keys, first.values))
+            return PromptContext(keys, values, None if first.pooled is None else first.pooled.expand(count, -1))
+        layers = range(len(first.keys))
+        pooled = [context.pooled for context in contexts if context.pooled is not None]
+        return PromptContext(
+            tuple(torch.cat([context.keys[layer] for context in contexts]) for layer in layers),
+            tuple(torch.cat([context.values[layer] for context in contexts]) for layer in layers),
+            torch.cat(pooled) if pooled else None,
+        )
+
 
 class Attention(Protocol):
     """Self attention over everything a chunk may see."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from q [B, heads, N, D] to k and v of the same tokens and of what came before; like q.
+        """Attend from q [B, N, G, D] to k and v of the same tokens and of what came before; like q.
 
         q and k come after their norm and before rotation.
         """
@@ -72,29 +90,30 @@ class ClipAttention:
         self._window, self._sink = config.window_frames, config.sink_frames
         self._tokens = rows * columns
         self._chunks = tuple(chunks)
-        self._rotation = rotation
+        self._rotation = rotation.over_heads()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attention.attend`; the same for every layer."""
         n, window = self._tokens, self._window
-        prefix = min(k.shape[2] // n, window)
-        rotated = rotate(k[:, :, : prefix * n], self._rotation.narrow(0, prefix * n))
+        prefix = min(k.shape[1] // n, window)
+        rotated = rotate(k[:, : prefix * n], self._rotation.narrow(0, prefix * n))
         out, end = [], 0
         for length in self._chunks:
             start, end = end, end + length
             seen = min(end, window)
             if end <= window:
-                keys, values = rotated[:, :, : end * n], v[:, :, : end * n]
+                keys, values = rotated[:, : end * n], v[:, : end * n]
             else:
                 oldest = end - window + self._sink
                 spans = (slice(0, self._sink * n), slice(oldest * n, end * n))
-                keys = torch.cat([k[:, :, span] for span in spans], dim=2)
+                keys = torch.cat([k[:, span] for span in spans], dim=1)
                 keys = rotate(keys, self._rotation.narrow(0, window * n))
-                values = torch.cat([v[:, :, span] for span in spans], dim=2)
+                values = torch.cat([v[:, span] for span in spans], dim=1)
             place = self._rotation.narrow((seen - length) * n, length * n)
-            query = rotate(q[:, :, start * n : end * n], place)
-            out.append(functional.scaled_dot_product_attention(query, keys, values))
-        return torch.cat(out, dim=2)
+            query = rotate(q[:, start * n : end * n], place)
+            q_BGND, k_BGND, v_BGND = (x.transpose(1, 2) for x in (query, keys, values))
+            out.append(functional.scaled_dot_product_attention(q_BGND, k_BGND, v_BGND).transpose(1, 2))
+        return torch.cat(out, dim=1)
 
 
 def timestep_embedding(timestep_B: Tensor, width: int) -> Tensor:
@@ -110,12 +129,8 @@ def timestep_embedding(timestep_B: Tensor, width: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
+def _split_heads(x_BNE: Tensor, heads: int) -> Tensor:
+    return x_BNE.view(*x_BNE.shape[:-1], heads, -1)
 
 
 class SelfAttention(nn.Module):
@@ -133,7 +148,7 @@ class SelfAttention(nn.Module):
         """Attend by `attention`; [B, N, E]."""
         q, k, v = self.qkv(x_BNE).chunk(3, dim=-1)
         q, k, v = (_split_heads(y, self.heads) for y in (self.norm_q(q), self.norm_k(k), v))
-        out: Tensor = self.out(_merge_heads(attention.attend(layer, q, k, v)))
+        out: Tensor = self.out(attention.attend(layer, q, k, v).flatten(2))
         return out
 
 
@@ -150,14 +165,15 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def keys_values(self, text_BLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the embedded prompt, each [B, heads, L, D]."""
+        """Keys and values of the embedded prompt, each [B, G, L, D]."""
         k, v = self.kv(text_BLE).chunk(2, dim=-1)
-        return _split_heads(self.norm_k(k), self.heads), _split_heads(v, self.heads)
+        k, v = (_split_heads(x, self.heads).transpose(1, 2).contiguous() for x in (self.norm_k(k), v))
+        return k, v
 
     def forward(self, x_BNE: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend to what `keys_values` returned; [B, N, E]."""
-        q = _split_heads(self.norm_q(self.q(x_BNE)), self.heads)
-        out: Tensor = self.out(_merge_heads(functional.scaled_dot_product_attention(q, key, value)))
+        q = _split_heads(self.norm_q(self.q(x_BNE)), self.heads).transpose(1, 2)
+        out: Tensor = self.out(functional.scaled_dot_product_attention(q, key, value).transpose(1, 2).flatten(2))
         return out
 
 
@@ -247,6 +263,15 @@ class CausalTransformer(nn.Module):
         if height % rows or width % columns:
             raise ValueError(f"latent size {width}x{height} must be a multiple of the patch {columns}x{rows}")
         return frames, height // rows, width // columns
+
+    def look(self, latent_BTCHW: Tensor) -> Tensor:
+        """What a chunk looks like on the whole: its patch embedding averaged over all tokens, without bias [B, E].
+
+        Noise averages out and so does motion; a cut or another place does not.
+        """
+        pooled = self._patchify(latent_BTCHW).mean(dim=1)
+        weight = self.patch_embed.weight[:, : pooled.shape[-1]]
+        return functional.linear(pooled, weight)
 
     def prompt_context(self, text_BLK: Tensor, mean_BK: Tensor | None = None) -> PromptContext:
         """Text keys and values of all layers; run once per prompt, not per chunk.

@@ -30,10 +30,11 @@ class VAEState:
 class StreamVAE(Protocol):
     """Encodes and decodes a stream in any split into chunks with one and the same result."""
 
-    latent_channels: int
-
     def encode(self, frames_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
-        """Frames in [-1, 1] to normalised latents."""
+        """Frames in [-1, 1] to latents in the encoder's own scale."""
+
+    def normalise(self, latent_BTCHW: Tensor) -> Tensor:
+        """Latents in the encoder's own scale to about unit variance."""
 
     def decode(self, latent_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
         """Normalised latents to frames, about [-1, 1]; the caller takes as many of the last as it sent."""
@@ -141,6 +142,10 @@ class TinyVAE(nn.Module):
         latent = self.project(blocks)
         latent = latent.view(batch, groups, *latent.shape[1:])
         return (latent - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std), state
+
+    def normalise(self, latent_BTCHW: Tensor) -> Tensor:
+        """Nothing to do: `encode` returns normalised latents."""
+        return latent_BTCHW
 
     def decode(self, latent_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
         """4 frames per latent. Where the latent came from one frame, the last of the 4 is that frame.

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVPool
 from engine.wan.presets import PRESETS, WAN_1_3B, TransformerConfig
 from engine.wan.rope import half_split_order, rope_rotation, rotate
 from engine.wan.transformer import CausalTransformer, PromptContext
@@ -61,6 +61,7 @@ class PlainAttention:
         return torch.cat((out.real, out.imag), dim=-1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         n = self.rows * self.columns
         frame = [slice(i * n, (i + 1) * n) for i in range(k.shape[2] // n)]
         window: list[int] = []
@@ -77,7 +78,7 @@ class PlainAttention:
                 query = self.turn(q[:, :, frame[j]], window.index(j))
                 scores = query @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
                 out.append(scores.softmax(dim=-1) @ values)
-        return torch.cat(out, dim=2).to(q.dtype)
+        return torch.cat(out, dim=2).to(q.dtype).transpose(1, 2)
 
 
 def model_of(config: TransformerConfig) -> CausalTransformer:
@@ -104,12 +105,13 @@ def stream(
     prompt: PromptContext,
     chunks: Sequence[int],
 ) -> Tensor:
-    cache = KVCache(model.config, 2, 3, batch=len(noisy))
+    pool = KVPool(model.config, (2, 3), len(noisy))
+    rows = pool.lease(len(noisy))
     out, start = [], 0
     for length in chunks:
         span = slice(start, start + length)
-        cache.begin_chunk(length)
-        out.append(model(noisy[:, span], None if source is None else source[:, span], timestep, prompt, cache))
+        view = pool.view(rows, pool.advance(rows, length))
+        out.append(model(noisy[:, span], None if source is None else source[:, span], timestep, prompt, view))
         start += length
     return torch.cat(out, dim=1)
 

@@ -1,0 +1,96 @@
+"""Self attention over a key-value cache, behind one interface.
+
+Axes in names: B rows (one stream at one denoising step each), Q query tokens, L cached tokens, G heads, D channels of
+one head.
+
+`sdpa` runs everywhere and is the reference; `flex` is compiled where torch can; `varlen` is flash attention over rows
+of unequal length, on CUDA only. All three get keys of whole rows with the valid tokens first, and say how many count:
+a row that holds fewer frames than the longest is masked (sdpa, flex) or cut short (varlen).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+Backend = Literal["sdpa", "flex", "varlen"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many of the L cached tokens count in each row, made once a pass.
+
+    valid_B: int32. mask_B11L: True where a token counts; None when all rows are full, which is the steady state.
+    block: the same for `flex_attend`.
+    """
+
+    valid_B: Tensor
+    mask_B11L: Tensor | None
+    block: BlockMask | None = None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Lengths], Tensor]
+
+
+def sdpa_attention(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths) -> Tensor:
+    """Scaled dot product attention with a key mask where rows differ; like q."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BQGD, k_BLGD, v_BLGD))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=lengths.mask_B11L).transpose(1, 2)
+
+
+def flex_block_mask(valid_B: Tensor, queries: int, keys: int) -> BlockMask:
+    """The mask of a pass whose rows count only their first tokens."""
+
+    def counts(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return kv < valid_B[b]
+
+    return create_block_mask(counts, valid_B.shape[0], None, queries, keys, device=valid_B.device.type)
+
+
+def flex_attend(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths) -> Tensor:
+    """FlexAttention; fused only under torch.compile, a slow plain form without."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BQGD, k_BLGD, v_BLGD))
+    out = flex_attention(q, k, v, block_mask=lengths.block)
+    assert isinstance(out, Tensor)  # it returns more only when asked to
+    return out.transpose(1, 2)
+
+
+def varlen_attend(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths) -> Tensor:
+    """Flash attention over rows of unequal length. Never run by us: torch has no CPU kernel for it."""
+    rows, queries = q_BQGD.shape[:2]
+    keys = k_BLGD.shape[1]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q_BQGD.device)
+    out = varlen_attn(
+        q_BQGD.flatten(0, 1),
+        k_BLGD.flatten(0, 1),
+        v_BLGD.flatten(0, 1),
+        starts * queries,
+        starts * keys,
+        queries,
+        keys,
+        seqused_k=lengths.valid_B,
+    )
+    assert isinstance(out, Tensor)  # it returns more only when asked to
+    return out.view_as(q_BQGD)
+
+
+BACKENDS: dict[Backend, Attend] = {"sdpa": sdpa_attention, "flex": flex_attend, "varlen": varlen_attend}
+
+
+def attention_for(name: Literal["auto", "sdpa", "flex", "varlen"], device: torch.device, dtype: torch.dtype) -> Attend:
+    """The kernel to use. auto: varlen on CUDA in half precision, sdpa elsewhere.
+
+    Raises: ValueError for varlen where it has no kernel.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    fits = device.type == "cuda" and half
+    if name == "varlen" and not fits:
+        raise ValueError(f"attention varlen needs a CUDA device and bfloat16, not {device} and {dtype}; use sdpa")
+    if name == "auto":
+        return varlen_attend if fits else sdpa_attention
+    return BACKENDS[name]

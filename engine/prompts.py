@@ -1,0 +1,91 @@
+"""What a stream's prompts amount to, chunk by chunk: blends by weight and transitions over time.
+
+Text states are mixed, not pictures: a blend of two prompts is one prompt to the transformer. The text encoder may live
+elsewhere and take seconds; until it has answered, a stream keeps what it shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.api import WeightedPrompt
+from engine.wan.text_encoder import EncodedPrompt
+from engine.wan.transformer import PromptContext
+
+Encode = Callable[[str], EncodedPrompt | None]
+Contextualise = Callable[[Tensor, Tensor], PromptContext]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Text states [L, K] and their mean [K] of a blend, or of a moment between two."""
+
+    states: Tensor
+    mean: Tensor
+
+    def towards(self, goal: "Embedding", share: float) -> "Embedding":
+        """The straight way to `goal`: 0 here, 1 there."""
+        return Embedding(torch.lerp(self.states, goal.states, share), torch.lerp(self.mean, goal.mean, share))
+
+
+def embed(prompts: tuple[WeightedPrompt, ...], encode: Encode) -> Embedding | None:
+    """The weighted mean of the prompts' text states; None while one of them is still being encoded."""
+    encoded = [encode(prompt.text) for prompt in prompts]
+    known = [one for one in encoded if one is not None]
+    if len(known) < len(prompts):
+        return None
+    if len(known) == 1:
+        return Embedding(known[0].states, known[0].mean)
+    total = sum(prompt.weight for prompt in prompts)
+    shares = [prompt.weight / total for prompt in prompts]
+    states = torch.stack([share * one.states.float() for share, one in zip(shares, known, strict=True)]).sum(0)
+    mean = torch.stack([share * one.mean.float() for share, one in zip(shares, known, strict=True)]).sum(0)
+    return Embedding(states.to(known[0].states.dtype), mean.to(known[0].mean.dtype))
+
+
+@dataclass
+class PromptState:
+    """The prompts of one stream: those wanted, and how far it has come to them.
+
+    context: text keys and values in force; None until the first prompt is encoded. changed: whether the last `advance`
+    reached new prompts, which is when a cache may be rewritten for them.
+    """
+
+    wanted: tuple[WeightedPrompt, ...]
+    transition_chunks: int = 0
+    context: PromptContext | None = None
+    changed: bool = False
+    _now: Embedding | None = None
+    _origin: Embedding | None = None
+    _goal: Embedding | None = None
+    _pending: bool = field(default=True)
+    _done: int = 0
+
+    def want(self, prompts: tuple[WeightedPrompt, ...], transition_chunks: int) -> None:
+        """New prompts, taken up at the next chunk border and reached after so many chunks more."""
+        self.transition_chunks = transition_chunks
+        if prompts != self.wanted:
+            self.wanted, self._pending = prompts, True
+
+    @property
+    def pending(self) -> bool:
+        """Whether wanted prompts have not begun to show, for their text is still being encoded."""
+        return self._pending
+
+    def advance(self, encode: Encode, contextualise: Contextualise) -> None:
+        """Go on by one chunk; `context` is then what that chunk is rendered with."""
+        self.changed = False
+        if self._pending:
+            goal = embed(self.wanted, encode)
+            if goal is not None:
+                self._origin, self._goal, self._done, self._pending = self._now, goal, 0, False
+        if self._goal is None:
+            return
+        self._done += 1
+        if self._origin is None or self._done > self.transition_chunks:
+            self._now, self._goal, self.changed = self._goal, None, self._origin is not None
+        else:
+            self._now = self._origin.towards(self._goal, self._done / (self.transition_chunks + 1))
+        self.context = contextualise(self._now.states, self._now.mean)
