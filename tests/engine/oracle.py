@@ -104,12 +104,11 @@ class NoiseControl:
     adaptive: bool
     previous: float
 
-    def next(self, frames_C3HW: Tensor) -> tuple[float, int]:
-        """Take a chunk's frames with the last one before it in front."""
+    def next(self, frames_T3HW: Tensor) -> tuple[float, int]:
+        """Take a chunk's frames with the last one before it in front. Motion is in their dtype: bfloat16 rounds it."""
         if not self.adaptive:
             return self.init, self.first_timestep
-        frames = frames_C3HW.float()
-        rms = (frames[1:] - frames[:-1]).pow(2).mean((1, 2, 3)).sqrt()
+        rms = (frames_T3HW[1:] - frames_T3HW[:-1]).pow(2).mean((1, 2, 3)).sqrt()
         motion = float((rms.max() / 0.2).clamp(0, 1))
         self.previous = (self.init - 0.1 * motion) * 0.9 + self.previous * 0.1
         return self.previous, int(1000 * self.previous) - 100
@@ -382,12 +381,13 @@ class Session:
             raise ValueError(f"adapt_sink_threshold {self.spec.adapt_sink_threshold} must be negative: no refresh here")
         self.dtype = dtype or self.spec.torch_dtype()
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.dit, self.vae, inputs, self.noise = (
+        self.dit, self.vae, self.noise = (
             {name: tensor.to(self.dtype) for name, tensor in load_file(folder / f"{part}.safetensors").items()}
-            for part in ("dit", "vae", "inputs", "noise")
+            for part in ("dit", "vae", "noise")
         )
-        self.video = inputs["video"]
-        self.context = embed_text(self.dit, inputs["prompt_embeds"][0])
+        inputs = load_file(folder / "inputs.safetensors")
+        self.video = inputs["video"].to(self.spec.torch_dtype())
+        self.context = embed_text(self.dit, inputs["prompt_embeds"][0].to(self.dtype))
         self.encoder: Memory = {}
         self.decoder: Memory = {}
         spec = self.spec
@@ -399,7 +399,8 @@ class Session:
     def mixed(self, chunk: int) -> tuple[Tensor, int]:
         """A chunk's latent under its noise, and the timestep of its first step."""
         spec, frames = self.spec, self.spec.pixel_frames(chunk)
-        latent = encode(self.vae, self.video[:, :, frames.start : frames.stop], self.encoder)[0].transpose(0, 1)
+        video = self.video[:, :, frames.start : frames.stop].to(self.dtype)
+        latent = encode(self.vae, video, self.encoder)[0].transpose(0, 1)
         scale, timestep = spec.noise_scale, spec.steps[0]
         if chunk:
             scale, timestep = self.control.next(self.video[0, :, frames.start - 1 : frames.stop].transpose(0, 1))
