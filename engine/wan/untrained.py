@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.config import WAN_SAMPLING, ServingProfile
 from engine.wan.checkpoints import transformer_to_original
 from engine.wan.presets import LIVEBRUSH_TINY, TransformerConfig
+from engine.wan.taehv import TAEHV
 from engine.wan.text_encoder import StaticTextEncoder, Style, StyleIndex
 from engine.wan.transformer import CausalTransformer
 from engine.wan.umt5 import UMT5_XXL, umt5_names
@@ -121,8 +122,6 @@ def write_untrained_wan(
     randomise(autoencoder, random)
     light = None
     if light_vae is not None:
-        from engine.wan.taehv import TAEHV
-
         small = TAEHV(light_vae)
         randomise(small, random)
         light = (light_vae, small.state_dict())

@@ -39,6 +39,7 @@ from engine.wan.checkpoints import (
 )
 from engine.wan.lora import read_loras
 from engine.wan.presets import TransformerConfig
+from engine.wan.taehv import TAEHV
 from engine.wan.text_encoder import (
     SCALE_KEY,
     TABLE_KEY,
@@ -70,7 +71,7 @@ __all__ = [
 CONFIG_FILE, WEIGHTS_FILE, STYLES_FILE, CARD_FILE = "config.json", "model.safetensors", "styles.json", "README.md"
 TRANSFORMER_FILE, VAE_FILE, LIGHT_VAE_FILE = "transformer.safetensors", "vae.safetensors", "taehv.safetensors"
 T = TypeVar("T")
-VAE = TinyVAE | WanVAE
+VAE = TinyVAE | WanVAE | TAEHV
 Progress = Callable[[float, str], None]
 _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 _STYLES = TypeAdapter(tuple[Style, ...])
@@ -251,8 +252,7 @@ def _autoencoder(config: ModelConfig, *, light: bool) -> VAE:
     assert isinstance(config.vae, WanVAEConfig)
     if light:
         assert config.light_vae is not None
-        light_vae: VAE = importlib.import_module("engine.wan.taehv").TAEHV(config.light_vae)
-        return light_vae
+        return TAEHV(config.light_vae)
     return WanVAE(config.vae)
 
 
