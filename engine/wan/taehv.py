@@ -123,7 +123,7 @@ class Grow(Stage):
 
 
 class TAEHV(nn.Module):
-    """A Wan latent for a thirtieth of the work; see the module's docstring.
+    """A Wan latent for a twentieth of the work; see the module's docstring.
 
     `encode` returns raw latents, `decode` takes normalised ones, as `engine.wan.wan_vae.WanVAE` does.
     """
@@ -149,7 +149,7 @@ class TAEHV(nn.Module):
         Raises: ValueError for another length or size.
         """
         check_frames(frames_BTCHW, state)
-        stages, start = self.encode_stages(), not state.memory
+        stages, start = self.encode_stages(), len(state.memory) == 0
         first, memory = (None, ()) if start else (state.memory[0], state.memory[1:])
         latents = []
         for frames in passes(frames_BTCHW * 0.5 + 0.5, FRAMES_PER_LATENT, start=start):
@@ -176,7 +176,7 @@ class TAEHV(nn.Module):
         Raises: ValueError for no latents.
         """
         check_latents(latent_BTCHW)
-        stages, start, memory = self.decode_stages(), not state.memory, state.memory
+        stages, start, memory = self.decode_stages(), len(state.memory) == 0, state.memory
         bent = torch.tanh(latent_BTCHW / _LIMIT) * _LIMIT
         frames = []
         for latent in passes(bent, 1, start=start):

@@ -168,6 +168,16 @@ def test_a_state_can_be_used_again(vae: TAEHV) -> None:
     assert torch.equal(first, encode_in(vae, frames, (5, 4))[:, 2:])
 
 
+def test_a_call_compiles_as_one_graph(vae: TAEHV) -> None:
+    frames = clip(9)
+    latent, encoder = vae.encode(frames[:, :5], VAEState())
+    _, decoder = vae.decode(latent, VAEState())
+    encode = torch.compile(vae.encode, fullgraph=True, backend="eager")
+    decode = torch.compile(vae.decode, fullgraph=True, backend="eager")
+    assert torch.equal(encode(frames[:, 5:], encoder)[0], vae.encode(frames[:, 5:], encoder)[0])
+    assert torch.equal(decode(latent[:, :1], decoder)[0], vae.decode(latent[:, :1], decoder)[0])
+
+
 def test_two_sessions_in_a_batch_equal_each_alone(vae: TAEHV) -> None:
     frames, latent = clip(9, batch=2), latents(3, batch=2)
     encoded, decoded = encode_in(vae, frames, (5, 4)), decode_in(vae, latent, (2, 1))

@@ -143,6 +143,16 @@ def test_a_state_can_be_used_again(vae: WanVAE) -> None:
     assert torch.equal(first, encode_in(vae, frames, (5, 4))[:, 2:])
 
 
+def test_a_call_compiles_as_one_graph(vae: WanVAE) -> None:
+    frames = clip(9)
+    latent, encoder = vae.encode(frames[:, :5], VAEState())
+    _, decoder = vae.decode(latent, VAEState())
+    encode = torch.compile(vae.encode, fullgraph=True, backend="eager")
+    decode = torch.compile(vae.decode, fullgraph=True, backend="eager")
+    assert torch.equal(encode(frames[:, 5:], encoder)[0], vae.encode(frames[:, 5:], encoder)[0])
+    assert torch.equal(decode(latent[:, :1], decoder)[0], vae.decode(latent[:, :1], decoder)[0])
+
+
 def test_two_sessions_in_a_batch_equal_each_alone(vae: WanVAE) -> None:
     frames, latent = clip(9, batch=2), latents(3, batch=2)
     encoded, decoded = encode_in(vae, frames, (5, 4)), decode_in(vae, latent, (2, 1))
@@ -174,6 +184,15 @@ def test_a_convolution_is_the_sum_of_its_taps(size: Any, stride: int, frames: in
         results.append(conv.convolve(x))
     assert results[0].shape == (2, (frames - 3) // stride + 1, 6, 4, 7)
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
+def test_it_can_be_made_without_memory_and_given_its_weights(vae: WanVAE) -> None:
+    with torch.device("meta"):
+        empty = WanVAE(SMALL)
+    empty.load_state_dict(vae.state_dict(), strict=True, assign=True)
+    assert torch.equal(decode_in(empty, latents(2), (2,)), decode_in(vae, latents(2), (2,)))
+    raw, _ = empty.encode(clip(1), VAEState())
+    assert torch.equal(empty.normalise(raw), vae.normalise(raw))
 
 
 def test_normalise_and_denormalise_are_inverse() -> None:
