@@ -27,7 +27,6 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_PLAIN_BYTES = 50_000_000_000
 ATTEMPTS = 5  # without a single new byte
 TIMEOUT_S = 30.0
-BLOCK_BYTES = 1 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -95,7 +94,7 @@ def find(remote: RemoteFile) -> FoundFile:
             f"{where}: access must be granted first; accept the licence on the repository's page, then set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{where}: no such revision; give a branch, tag or commit with --revision") from error
+        raise HubError(f"{where}: no such revision; give a branch, tag or commit with --source") from error
     except errors.EntryNotFoundError as error:
         raise HubError(f"{where}: no such file in the repository") from error
     except errors.RepositoryNotFoundError as error:
@@ -180,7 +179,7 @@ def _transfer(found: FoundFile, part: Path, have: int, progress: Progress | None
             # A server that does not know ranges answers 200 and starts anew.
             with part.open("ab" if response.status_code == 206 else "wb") as file:
                 done = file.tell()
-                for block in response.iter_raw(BLOCK_BYTES):
+                for block in response.iter_raw():
                     file.write(block)
                     done += len(block)
                     if progress is not None:

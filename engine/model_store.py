@@ -68,8 +68,8 @@ class KnownModel:
     summary: str
     sources: Mapping[str, Source]
     transformer: TransformerConfig
-    vae: WanVAEConfig = WanVAEConfig()
-    light_vae: TAEHVConfig = TAEHVConfig()
+    vae: WanVAEConfig = field(default_factory=WanVAEConfig)
+    light_vae: TAEHVConfig = field(default_factory=TAEHVConfig)
     sampling: SamplingConfig = WAN_SAMPLING
     serving: ServingProfile = WAN_SERVING
     text: Mapping[str, Any] | None = None
