@@ -26,10 +26,11 @@ class MotionState:
 
 
 def largest_motion(frames_TCHW: Tensor, before_CHW: Tensor | None) -> Tensor:
-    """Largest root mean square difference between successive frames, float32 [].
+    """Largest root mean square difference between successive frames, [] in their dtype.
 
     Args:
-        frames_TCHW: pixels in [-1, 1], or latents.
+        frames_TCHW: pixels in [-1, 1], or latents; float32, except where the public code is matched, which measures
+            in the model's own precision.
         before_CHW: the frame before the first; None where there is none.
     """
     earlier = frames_TCHW[:-1]
@@ -38,7 +39,7 @@ def largest_motion(frames_TCHW: Tensor, before_CHW: Tensor | None) -> Tensor:
         earlier, later = torch.cat((before_CHW[None], earlier)), frames_TCHW
     if not later.shape[0]:
         return torch.zeros((), device=frames_TCHW.device)
-    return (later.float() - earlier.float()).square().mean(dim=(1, 2, 3)).sqrt().amax()
+    return (later - earlier).square().mean(dim=(1, 2, 3)).sqrt().amax()
 
 
 def remember(state: MotionState, frames_TCHW: Tensor) -> None:

@@ -64,6 +64,7 @@ class Pipeline:
         compile_pass: bool = False,
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
+        pool_type: type[KVPool] = KVPool,
     ) -> None:
         """Prepare for frames of width x height pixels.
 
@@ -71,6 +72,7 @@ class Pipeline:
             streams: sessions to allocate cache for.
             mode: whether a chunk takes its steps one after another, or together with those of the chunks before it.
             sampling, cache: in place of what the model's configuration says.
+            pool_type: for comparisons with other caches.
 
         Raises: ValueError, if the size is not a multiple of the VAE's stride times the transformer's patch.
         """
@@ -86,7 +88,7 @@ class Pipeline:
         self._rows_per_stream = self.max_steps if mode == "batch" else 1
         self._latent = (transformer.latent_channels, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         self._starts_alone = model.config.serving.first_chunk_frames > 1
-        pool = KVPool(
+        pool = pool_type(
             transformer,
             (self._latent[1] // rows, self._latent[2] // columns),
             streams * self._rows_per_stream,
@@ -232,7 +234,19 @@ class Pipeline:
         schedule = self._schedule(state, pixels_TCHW, source)
         together = self._runs_together(state, schedule.steps)
         rows = state.rows[: schedule.steps] if together else state.rows[:1] * schedule.steps
-        item = Item(state, state.chunks, count, state.revision, source, source, schedule, context, rows, camera)
+        item = Item(
+            state=state,
+            chunk=state.chunks,
+            frames=count,
+            revision=state.revision,
+            source=source,
+            clean=source,
+            schedule=schedule,
+            prompt=context,
+            rows=rows,
+            pipelined=together,
+            camera=camera,
+        )
         self._count(state, count)
         self.batch.begin(item)
         return item
@@ -245,7 +259,7 @@ class Pipeline:
         with self.lanes.denoise(item.source for item in items):
             for item in items:
                 flight = item.state.in_flight
-                if item.schedule.steps > 1 and item.rows[0] is not item.rows[-1]:
+                if item.pipelined:
                     flight.append(item)
                     together += flight
                 else:
@@ -257,7 +271,7 @@ class Pipeline:
                 for group in _by_length(running):
                     self.batch.step(group)
             for item in items:
-                if item in alone:
+                if not item.pipelined:
                     self._prime(item)
                     finished.append(item)
                 flight = item.state.in_flight
@@ -308,6 +322,7 @@ class Pipeline:
         """After a chunk on one row, give the row of every step what that one holds."""
         steps = item.schedule.steps
         if self.mode == "batch" and steps > 1:
+            # Its own steps ran on the first row alone.
             for row in item.state.rows[1:steps]:
                 self.pool.copy_row(item.state.rows[0], row)
             item.state.primed = steps
@@ -324,7 +339,7 @@ class Pipeline:
         plan, motion = state.plan, self.sampling.motion
         if motion is None or not plan.steps:
             return plan.base
-        frames = pixels_TCHW if motion.source == "pixels" else source_BTCHW[0]
+        frames = pixels_TCHW if motion.source == "pixels" else source_BTCHW[0].float()
         if state.motion.before is None:
             remember(state.motion, frames)
             return plan.base

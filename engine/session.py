@@ -55,7 +55,8 @@ class Item:
     """One chunk on its way through its denoising steps; the unit of a micro-batch is an item at its next step.
 
     source, clean: [1, T, C, H, W], the encoded chunk and what the last step made of it. rows: the cache row of each
-    step. frames: camera frames of the chunk, as many are shown. slots: where the current row keeps the chunk.
+    step. pipelined: whether its steps run beside those of other chunks. frames: camera frames of the chunk, as many are
+    shown. slots: where the current row keeps the chunk.
     """
 
     state: "SessionState"
@@ -67,6 +68,7 @@ class Item:
     schedule: ChunkSchedule
     prompt: PromptContext
     rows: list[CacheRow]
+    pipelined: bool
     camera: Tensor
     look: Tensor | None = None
     sink: Tensor | None = None
