@@ -24,6 +24,8 @@ RANK_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "PYTHONUNBUFFERED": "1",
+    # cuda:N is then the GPU that nvidia-smi, and so `engine.choose`, calls N; torch's own order is by speed.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
 
 

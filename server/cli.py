@@ -36,34 +36,48 @@ def serve(options: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
     import logging
 
-    from server.configure import SettingsError, load_settings
+    from server.configure import SettingsError, resolve
 
-    flags: dict[tuple[str, ...], tuple[str, object]] = {}
     given: list[tuple[tuple[str, ...], str, object]] = [
         (("host",), "--host", options.host),
         (("port",), "--port", options.port),
         (("engine_kind",), "--engine", options.engine),
-        (("engine", "model"), "--model", options.model),
-        (("engine", "width"), "--size", options.size and options.size[0]),
-        (("engine", "height"), "--size", options.size and options.size[1]),
+        *_engine_flags(options),
+        (("engine", "vae"), "--vae", options.vae),
+        (("engine", "mode"), "--mode", options.mode),
+        (("engine", "attention"), "--attention", options.attention),
+        (("engine", "compile"), "--compile", options.compile),
+        (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
     ]
-    for path, flag, value in given:
-        if value is not None:
-            flags[path] = (flag, value)
     try:
-        settings = load_settings(options.config, os.environ, flags)
-        if settings.engine_kind == "local":
-            _ = settings.engine.model_dir
-    except (SettingsError, FileNotFoundError) as error:
+        resolved = resolve(options.config, os.environ, _flags(given))
+    except SettingsError as error:
         return _fail(str(error))
+    if resolved.choice is not None:
+        print(resolved.choice.reason, flush=True, file=sys.stderr)
 
     from server.app import serve as run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # It tells of every candidate pair it tries.
     logging.getLogger("aioice").setLevel(logging.WARNING)
-    return asyncio.run(run_server(settings))
+    return asyncio.run(run_server(resolved.settings))
+
+
+def _engine_flags(options: argparse.Namespace) -> list[tuple[tuple[str, ...], str, object]]:
+    """The flags that say what to run where, alike in every command."""
+    return [
+        (("engine", "model"), "--model", options.model),
+        (("engine", "device"), "--devices", options.devices),
+        (("engine", "width"), "--size", options.size and options.size[0]),
+        (("engine", "height"), "--size", options.size and options.size[1]),
+    ]
+
+
+def _flags(given: list[tuple[tuple[str, ...], str, object]]) -> dict[tuple[str, ...], tuple[str, object]]:
+    """Those that were given, by the setting they are for."""
+    return {path: (flag, value) for path, flag, value in given if value is not None}
 
 
 def restyle(options: argparse.Namespace) -> int:
@@ -75,7 +89,7 @@ def restyle(options: argparse.Namespace) -> int:
     from engine.api import EngineError, StreamParams
     from engine.config import EngineSettings
     from server.clip import ClipError
-    from server.configure import explain
+    from server.configure import SettingsError, explain, resolve
     from server.restyle import RestyleError, RestyleJob
 
     def make_engine(width: int, height: int) -> Engine:
@@ -84,15 +98,27 @@ def restyle(options: argparse.Namespace) -> int:
 
         if options.engine == "fake":
             return FakeEngine(width, height, delay_s=0.0)
-        return LocalEngine(EngineSettings(model=options.model, width=width, height=height, max_streams=1))
+        update = {"width": width, "height": height}
+        return LocalEngine(EngineSettings.model_validate(settings.engine.model_dump() | update))
 
+    given: list[tuple[tuple[str, ...], str, object]] = [
+        (("engine_kind",), "--engine", options.engine),
+        *_engine_flags(options)[:2],
+        (("engine", "max_streams"), "restyle", 1),
+        (("max_sessions",), "restyle", 1),
+    ]
     try:
-        params = StreamParams(prompt=options.prompt, strength=options.strength, steps=options.steps, seed=options.seed)
-        job = RestyleJob(options.input, options.output, params, options.size, options.audio, options.force)
+        steps = {} if options.steps is None else {"steps": options.steps}
+        params = StreamParams(prompt=options.prompt, strength=options.strength, seed=options.seed, **steps)
+        settings = resolve(None, {}, _flags(given)).settings
+        if options.steps is None:
+            params = params.model_copy(update={"steps": settings.steps})
+        size = options.size or (settings.engine.width, settings.engine.height)
+        job = RestyleJob(options.input, options.output, params, size, options.audio, options.force)
         summary = asyncio.run(_restyle_with_progress(job, make_engine))
     except ValidationError as error:
         return _fail(explain(error))
-    except (ClipError, RestyleError, EngineError, FileNotFoundError, ValueError) as error:
+    except (SettingsError, ClipError, RestyleError, EngineError, FileNotFoundError, ValueError) as error:
         return _fail(str(error))
     if options.json:
         print(json.dumps(asdict(summary)))
@@ -105,6 +131,8 @@ def restyle(options: argparse.Namespace) -> int:
         )
         if summary.damaged_packets:
             print(f"{summary.damaged_packets} packets of the input were damaged and gave no picture", file=sys.stderr)
+        if summary.withheld_frames:
+            print(f"{summary.withheld_frames} frames were left as they were: the model's were not fit", file=sys.stderr)
     return 0
 
 
@@ -136,12 +164,19 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 def doctor(options: argparse.Namespace) -> int:
     """Say what this machine can do and what is wrong."""
-    from engine.config import EngineSettings
+    from engine.config import DEFAULT_MODEL, EngineSettings
+    from server.configure import Resolved, SettingsError, resolve
     from server.doctor import examine, to_json, to_text
     from server.settings import ServerSettings
 
-    settings = ServerSettings(engine=EngineSettings(model=options.model))
-    report = asyncio.run(examine(settings, measure=not options.quick))
+    refusal = ""
+    try:
+        resolved = resolve(None, os.environ, _flags(_engine_flags(options)))
+    except SettingsError as error:
+        refusal = str(error)
+        model = options.model if options.model and options.model != "auto" else DEFAULT_MODEL
+        resolved = Resolved(ServerSettings(engine=EngineSettings(model=model)), None)
+    report = asyncio.run(examine(resolved.settings, choice=resolved.choice, refusal=refusal, measure=not options.quick))
     print(to_json(report) if options.json else to_text(report))
     return 0 if report.can_serve else 1
 
@@ -162,11 +197,25 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=serve)
     parser.add_argument("--host", help="loopback address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
-    parser.add_argument("--model", help="a folder in engine/models or a path to one (default: livebrush-tiny)")
+    _add_engine_flags(parser)
     parser.add_argument("--engine", choices=("local", "fake"), help="the model, or a stand-in without one")
-    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="picture size (default: 256x256)")
-    parser.add_argument("--fps", type=float, help="output rate when there is room (default: 24)")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps a session begins with, 1 to 4 (default: the model's)"
+    )
+    parser.add_argument("--fps", type=float, help="output rate when there is room (default: the model's)")
+    parser.add_argument("--mode", choices=("sequential", "batch"), help="steps one after another, or a stream batch")
+    parser.add_argument("--vae", choices=("auto", "full", "light"), help="of Wan: its own, or the light one")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="an installed model, a path to a folder, or auto (default: what fits best here)"
+    )
+    parser.add_argument("--devices", metavar="DEVICE", help="cpu, cuda:N or auto (default: auto)")
+    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="picture size (default: the model's)")
 
 
 def _add_restyle(parser: argparse.ArgumentParser) -> None:
@@ -175,17 +224,17 @@ def _add_restyle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="the result: .mp4, .m4v, .mov, .mkv or .webm")
     parser.add_argument("--prompt", required=True, help='the style in free words, such as "watercolour painting"')
     parser.add_argument("--strength", type=float, default=1.0, help="0 the input, 1 the full style (default: 1)")
-    parser.add_argument("--steps", type=int, default=1, help="denoising steps, 1 to 4 (default: 1)")
+    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
     parser.add_argument(
         "--size",
         type=_size,
-        default=(256, 256),
         metavar="WIDTHxHEIGHT",
         help="largest picture of the model; its shape follows the clip, the output keeps the clip's size"
-        " (default: 256x256)",
+        " (default: the model's)",
     )
-    parser.add_argument("--model", default="livebrush-tiny", help="a folder in engine/models or a path to one")
+    parser.add_argument("--model", metavar="NAME", default="livebrush-tiny", help="an installed model, or a folder")
+    parser.add_argument("--devices", metavar="DEVICE", help="cpu, cuda:N or auto (default: auto)")
     parser.add_argument("--engine", choices=("local", "fake"), default="local", help="the model, or a stand-in")
     parser.add_argument("--no-audio", dest="audio", action="store_false", help="leave the sound out")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
@@ -194,7 +243,7 @@ def _add_restyle(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=doctor)
-    parser.add_argument("--model", default="livebrush-tiny", help="the model to look at")
+    _add_engine_flags(parser)
     parser.add_argument("--quick", action="store_true", help="do not start the engine to measure it")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 

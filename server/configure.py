@@ -2,22 +2,31 @@
 
 A setting is named by its path: `engine.width` is `width` under `[engine]` in the file and LIVEBRUSH_ENGINE__WIDTH in
 the environment. A refusal names the setting, its value, the bound, and which of the three places it came from.
+
+What nobody sets comes from the model: its size, rate and steps (`serving` in its config.json); and a model or device
+that is `auto`, or not set at all, is chosen by what the machine has (engine.choose).
 """
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from engine.choose import AUTO, Choice, ChoiceError, Machine, choose, parse_device
+from engine.config import EngineSettings, ServingProfile
+from server.machine import find_machine, need_of
 from server.settings import ServerSettings
 
 ENVIRONMENT_PREFIX = "LIVEBRUSH_"
 # Names with the prefix that are no settings: the browser that the tests drive.
-OTHER_VARIABLES = {"LIVEBRUSH_CHROMIUM"}
+OTHER_VARIABLES = {"LIVEBRUSH_CHROMIUM", "LIVEBRUSH_MODELS_DIR"}
+MODEL, DEVICE = ("engine", "model"), ("engine", "device")
 SettingPath = tuple[str, ...]
 
 
@@ -25,27 +34,133 @@ class SettingsError(Exception):
     """The settings are refused; one line for each fault."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings with nothing left open. choice: why this model and device; None with the stand-in engine."""
+
+    settings: ServerSettings
+    choice: Choice | None
+
+
 def load_settings(
     config: Path | None, environment: Mapping[str, str], flags: Mapping[SettingPath, tuple[str, object]]
 ) -> ServerSettings:
-    """Join the three sources, the later one winning, and check the result.
+    """The settings of `resolve`."""
+    return resolve(config, environment, flags).settings
+
+
+def resolve(
+    config: Path | None,
+    environment: Mapping[str, str],
+    flags: Mapping[SettingPath, tuple[str, object]],
+    *,
+    look: Callable[[], Machine] = find_machine,
+) -> Resolved:
+    """Join the three sources, the later one winning, fill in what they leave open, and check the result.
 
     Args:
         config: a TOML file, if there is one.
         environment: only names with the prefix LIVEBRUSH_ count, and every one of these must be a setting.
         flags: path -> (the flag's name, its value), only for flags that were given.
+        look: what the machine has; asked only with the true engine.
 
-    Raises: SettingsError with all faults at once.
+    Raises: SettingsError with all faults at once, for a model that is not there, or one that cannot fit.
     """
     values: dict[str, object] = {}
     origins: dict[SettingPath, str] = {}
     for path, origin, value in [*_from_file(config), *_from_environment(environment), *_from_flags(flags)]:
         _put(values, path, value, origin)
         origins[path] = origin
+    choice = _fill_in(values, origins, look)
     try:
-        return ServerSettings.model_validate(values)
+        return Resolved(ServerSettings.model_validate(values), choice)
     except ValidationError as error:
         raise SettingsError(explain(error, origins)) from error
+
+
+def _fill_in(values: dict[str, object], origins: dict[SettingPath, str], look: Callable[[], Machine]) -> Choice | None:
+    """Put the model's own figures, and the choice of model and device, where no source said anything."""
+    engine = values.setdefault("engine", {})
+    if not isinstance(engine, dict):
+        return None  # refused below, with its name
+    for name in (MODEL, DEVICE):
+        if engine.get(name[-1]) == AUTO:
+            del engine[name[-1]]
+            origins.pop(name)
+    fixed = frozenset(path[1] for path in origins if path[0] == "engine" and len(path) == 2)
+    fixed |= {"size"} if fixed & {"width", "height"} else set()
+    local = values.get("engine_kind", "local") == "local"
+    try:
+        machine = look() if local else None
+        if machine is not None and "device" in fixed:
+            engine["device"] = parse_device(str(engine["device"]), machine.devices)
+        wish = EngineSettings.model_validate(engine)
+    except ValidationError:
+        return None  # the whole is validated next, which tells of every fault
+    except ChoiceError as error:
+        raise SettingsError(f"{error} (from {origins[DEVICE]})") from error
+    steps = values.get("steps")
+    choice = None
+    try:
+        if machine is not None:
+            choice = choose(
+                _with_size_of_model(wish, fixed),
+                fixed,
+                machine,
+                need_of,
+                steps=int(steps) if isinstance(steps, int | str) and str(steps).isdigit() else None,
+            )
+            wish = choice.settings
+        profile = _profile(wish, local)
+    except (ChoiceError, FileNotFoundError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+    size = profile.sizes[0] if choice is None else (wish.width, wish.height)
+    for path, value in _own_figures(wish, profile, size, values):
+        if path not in origins:
+            _put(values, path, value, wish.model)
+            origins[path] = f"{wish.model}'s own settings"
+    return choice
+
+
+def _with_size_of_model(wish: EngineSettings, fixed: frozenset[str]) -> EngineSettings:
+    """One side given, and the model: the other side is the model's."""
+    given = fixed & {"width", "height"}
+    if len(given) != 1 or "model" not in fixed:
+        return wish
+    width, height = wish.profile.sizes[0]
+    other = {"height": height} if "width" in given else {"width": width}
+    return EngineSettings.model_validate(wish.model_dump() | other)
+
+
+def _profile(engine: EngineSettings, local: bool) -> ServingProfile:
+    """The model's own; the stand-in needs no model."""
+    try:
+        return engine.profile
+    except FileNotFoundError:
+        if local:
+            raise
+        return ServingProfile()
+
+
+def _own_figures(
+    engine: EngineSettings, profile: ServingProfile, size: tuple[int, int], values: Mapping[str, object]
+) -> Iterator[tuple[SettingPath, object]]:
+    """What a model says for settings that nobody set."""
+    yield MODEL, engine.model
+    yield DEVICE, engine.device
+    yield ("engine", "max_streams"), engine.max_streams
+    yield ("engine", "width"), size[0]
+    yield ("engine", "height"), size[1]
+    yield ("steps",), profile.steps
+    yield ("max_fps",), profile.fps
+    yield ("max_sessions",), min(engine.max_streams, int(ServerSettings.model_fields["max_sessions"].default))
+    yield ("min_fps",), min(profile.fps, float(ServerSettings.model_fields["min_fps"].default))
+    if engine.mode == "batch":
+        # A chunk comes back as many chunks later as it has further steps: later than one budget for all allows.
+        budget_s = float(ServerSettings.model_fields["latency_budget_s"].default)
+        steps, fps = values.get("steps", profile.steps), values.get("max_fps", profile.fps)
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # refused below, with its name
+            yield ("latency_budget_s",), budget_s + (int(str(steps)) - 1) * profile.chunk_frames / float(str(fps))
 
 
 def explain(error: ValidationError, origins: Mapping[SettingPath, str] | None = None) -> str:

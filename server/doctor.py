@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -28,14 +29,20 @@ import numpy as np
 import psutil
 
 from engine.api import Capacity, Engine, EngineError, FrameChunk, StreamParams
+from engine.choose import GIB, Choice
 from engine.client import LocalEngine
 from engine.config import CHUNK_FRAMES
 from engine.frame_memory import FrameLayout, FrameMemory
 from server.admission import agreed_fps, seats
+from server.machine import GpuError, cpu_title, find_gpus
 from server.settings import ServerSettings
+from server.starting import start_engine
 
 MEASURED_CHUNKS = 12
-ENGINE_TIMEOUT_S = 180.0
+# For the measurement alone, with the time that the words of a style take to be read.
+MEASURE_TIMEOUT_S = 300.0
+# Larger files are compared by size here, and by hash in `livebrush models verify`.
+MAX_HASHED_BYTES = 100_000_000
 PROBE_TIMEOUT_S = 60.0
 # Measured: the engine process with torch and the small model 0.4 GB, the process beside it 0.1 to 0.2 GB.
 NEEDED_BYTES = 1 << 30
@@ -97,11 +104,19 @@ EngineFactory = Callable[[ServerSettings], Engine]
 async def examine(
     settings: ServerSettings,
     *,
+    choice: Choice | None = None,
+    refusal: str = "",
     measure: bool = True,
     make_engine: EngineFactory = lambda settings: LocalEngine(settings.engine),
 ) -> Report:
-    """Look at everything; with `measure`, start the engine for a few seconds. Never raises for a faulty machine."""
+    """Look at everything; with `measure`, start the engine for a few seconds. Never raises for a faulty machine.
+
+    choice: what `serve` would run here and why. refusal: why it would refuse the settings; `settings` are then others.
+    """
     findings = await asyncio.to_thread(_look_around, settings)
+    model_is_sound = all(finding.name != "model" or finding.level is not Level.PROBLEM for finding in findings)
+    if model_is_sound:
+        findings += check_choice(choice, refusal)
     if not measure:
         return Report(tuple(findings), None)
     if any(finding.level is Level.PROBLEM for finding in findings):
@@ -175,7 +190,7 @@ def check_versions() -> Iterator[Finding]:
 def check_cpu(threads: int) -> Finding:
     """Model, cores, and whether something else is at work on them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text = f"{_cpu_model()}, {cores} core{'s' if cores > 1 else ''}; the model uses {threads}, video the others"
+    text = f"{cpu_title()}, {cores} core{'s' if cores > 1 else ''}; the model uses {threads}, video the others"
     if cores <= threads:
         cure = "a second core roughly doubles the rate"
         return Finding("cpu", Level.WARNING, f"{text}: they share it", cure)
@@ -218,24 +233,44 @@ def check_torch(device: str) -> Finding:
 
 def check_gpu() -> Finding:
     """What nvidia-smi knows."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return Finding("gpu", Level.OK, "none found: the CPU does the work")
-    command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        query = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return Finding("gpu", Level.WARNING, "nvidia-smi does not answer", "look at the driver; the CPU does the work")
-    if query.returncode or not query.stdout.strip():
-        return Finding("gpu", Level.WARNING, "nvidia-smi finds none", "look at the driver; the CPU does the work")
-    return Finding("gpu", Level.OK, "; ".join(query.stdout.strip().splitlines()))
+        gpus = find_gpus()
+    except GpuError as error:
+        return Finding("gpu", Level.WARNING, str(error), "look at the driver; the CPU does the work")
+    if not gpus:
+        return Finding("gpu", Level.OK, "none found: the CPU does the work")
+    free = ["" if gpu.memory_bytes is None else f", {_size(gpu.memory_bytes)} free" for gpu in gpus]
+    return Finding(
+        "gpu", Level.OK, "; ".join(f"{gpu.name} {gpu.title}{room}" for gpu, room in zip(gpus, free, strict=True))
+    )
+
+
+def check_choice(choice: Choice | None, refusal: str = "") -> Iterator[Finding]:
+    """What `serve` would run here and why, and what that needs by part."""
+    if refusal:
+        yield Finding("choice", Level.PROBLEM, refusal, "`livebrush doctor --model auto` shows what fits")
+    if choice is None:
+        return
+    yield Finding("choice", Level.OK, choice.reason)
+    need = choice.need
+    for place, parts in ((choice.settings.device, need.device), ("main memory", need.host)):
+        if parts:
+            listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+            yield Finding("needs", Level.OK, f"{_size(sum(parts.values()))} on {place}: {listed}")
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"
 
 
 def check_model(settings: ServerSettings) -> Finding:
-    """The model folder, and the weights against the hash in its config.json."""
+    """The model folder, and its weights against config.json: by hash, large ones by size."""
     try:
         folder = settings.engine.model_dir
-        wanted = json.loads((folder / "config.json").read_text())["sha256"]
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("files"):
+            return _check_files(folder, config["files"])
+        wanted = config["sha256"]
         with (folder / "model.safetensors").open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, KeyError) as error:
@@ -250,10 +285,36 @@ def check_model(settings: ServerSettings) -> Finding:
     return Finding("model", Level.OK, text)
 
 
+def _check_files(folder: Path, files: dict[str, dict[str, object]]) -> Finding:
+    """A model of several files."""
+    wrong, unhashed = [], 0
+    for name, record in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != record["size_bytes"]:
+            wrong.append(f"{name} has {size} bytes, not {record['size_bytes']}")
+        elif size > MAX_HASHED_BYTES:
+            unhashed += 1
+        else:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                    wrong.append(f"{name} has another SHA-256")
+    total = sum(int(str(record["size_bytes"])) for record in files.values())
+    text = f"{folder.name}, {_size(total)} in {len(files)} files"
+    if wrong:
+        cure = "get the model again: livebrush models download, or convert"
+        return Finding("model", Level.PROBLEM, f"{text}: {'; '.join(wrong)}", cure)
+    if unhashed:
+        text += f", {unhashed} of them by size alone (`livebrush models verify` reads them)"
+    return Finding("model", Level.OK, text)
+
+
 def check_frame_memory(settings: ServerSettings) -> Finding:
     """Shared memory for the frames of every stream."""
-    engine = settings.engine
-    layout = FrameLayout(engine.max_streams, CHUNK_FRAMES, engine.height, engine.width)
+    try:
+        layout = FrameLayout.of(settings.engine)
+    except (FileNotFoundError, ValueError):
+        return Finding("frame memory", Level.OK, "depends on the model")
     try:
         memory = FrameMemory.create(layout)
     except (OSError, ValueError) as error:
@@ -302,11 +363,10 @@ async def _measure(engine: Engine, settings: ServerSettings) -> Measured:
     """Start the engine and render chunks one after the other."""
     began_at = time.monotonic()
     try:
-        async with asyncio.timeout(ENGINE_TIMEOUT_S):
-            await engine.start()
-            await engine.wait_ready()
-            start_s = time.monotonic() - began_at
-            costs = await _chunk_costs(engine)
+        await start_engine(engine)
+        start_s = time.monotonic() - began_at
+        async with asyncio.timeout(MEASURE_TIMEOUT_S):
+            costs = await _chunk_costs(engine, settings)
     finally:
         await engine.close()
     cost_s = statistics.median(costs)
@@ -315,27 +375,44 @@ async def _measure(engine: Engine, settings: ServerSettings) -> Measured:
     return Measured(round(cost_s * 1e3, 1), round(start_s, 1), fps, sessions)
 
 
-async def _chunk_costs(engine: Engine) -> list[float]:
-    """Engine seconds of each of MEASURED_CHUNKS chunks of noise."""
+async def _chunk_costs(engine: Engine, settings: ServerSettings) -> list[float]:
+    """Engine seconds of each of MEASURED_CHUNKS chunks of noise, with the steps that `serve` begins with."""
     width, height = engine.frame_size
-    frames = np.random.default_rng(0).integers(0, 256, (CHUNK_FRAMES, height, width, 3), np.uint8)
-    costs = []
-    async with engine.open_stream("doctor", StreamParams(prompt="watercolour painting")) as stream:
+    capacity = engine.capacity
+    first = max(capacity.first_chunk_frames, capacity.chunk_frames)
+    noise = np.random.default_rng(0).integers(0, 256, (first, height, width, 3), np.uint8)
+    # A stream batch gives a chunk back when the last of its steps is done: with as many newer ones inside.
+    inside = settings.steps - 1 if settings.engine.mode == "batch" else 0
+    costs: list[float] = []
+    finished_at = 0.0
+    params = StreamParams(prompt="watercolour painting", steps=settings.steps)
+    async with engine.open_stream("doctor", params) as stream:
         results = aiter(stream)
-        for index in range(MEASURED_CHUNKS):
+        for index in itertools.count():
             now = time.monotonic()
-            indices = tuple(range(index * CHUNK_FRAMES, (index + 1) * CHUNK_FRAMES))
-            stream.submit(FrameChunk(index, frames, indices, (now,) * CHUNK_FRAMES, now + ENGINE_TIMEOUT_S))
+            frames = noise if index == 0 else noise[: capacity.chunk_frames]
+            indices = tuple(range(index * first, index * first + len(frames)))
+            stream.submit(FrameChunk(index, frames, indices, (now,) * len(frames), now + MEASURE_TIMEOUT_S))
+            if index < inside:
+                # Until it is taken up: more than two that wait would push it out.
+                await asyncio.sleep(2 * capacity.chunk_cost_s)
+                continue
             rendered = await anext(results)
-            costs.append(rendered.engine_finished_at - rendered.engine_started_at)
+            # One that was withheld (its words are not read yet) costs less than it will.
+            if not rendered.fault:
+                costs.append(rendered.engine_finished_at - max(rendered.engine_started_at, finished_at))
+            finished_at = rendered.engine_finished_at
+            if len(costs) == MEASURED_CHUNKS:
+                break
     return costs
 
 
 def _judge(measured: Measured, settings: ServerSettings) -> Finding:
     size = f"{settings.engine.width}x{settings.engine.height}"
     possible = CHUNK_FRAMES / measured.chunk_ms * 1e3
+    steps = f" with {settings.steps} steps" if settings.steps > 1 else ""
     text = (
-        f"{measured.chunk_ms:.0f} ms for {CHUNK_FRAMES} frames of {size}, {measured.start_s:.1f} s to start:"
+        f"{measured.chunk_ms:.0f} ms for {CHUNK_FRAMES} frames of {size}{steps}, {measured.start_s:.1f} s to start:"
         f" {measured.fps:g} fps for one session, {measured.sessions} session{'s' if measured.sessions > 1 else ''}"
         f" at {settings.min_fps:g} fps"
     )
@@ -346,13 +423,3 @@ def _judge(measured: Measured, settings: ServerSettings) -> Finding:
             "speed", Level.WARNING, text, f"{settings.max_fps:g} fps need a faster or idle CPU, or less --size"
         )
     return Finding("speed", Level.OK, text)
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

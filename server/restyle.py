@@ -21,13 +21,12 @@ import numpy as np
 from engine.api import Engine, EngineStream, FrameChunk, RenderedChunk, StreamParams
 from engine.config import MAX_PIXELS, SIZE_MULTIPLE_PX
 from server.clip import ClipError, ClipFrame, ClipReader, ClipWriter, encoder_for
+from server.starting import start_engine
 
 DEFAULT_SIZE = (256, 256)
 MIN_SIDE_PX = 64
 # One renders while the next waits: the engine never idles, and never holds so many that it drops one.
 MAX_IN_FLIGHT = 2
-# Silence, not the whole: a large model loads for minutes and tells how far it is.
-ENGINE_SILENCE_S = 300.0
 CHUNK_TIMEOUT_S = 120.0
 # For the words of the style to be read, by a text encoder of billions of weights on a CPU.
 TEXT_TIMEOUT_S = 180.0
@@ -127,7 +126,9 @@ async def restyle(job: RestyleJob, make_engine: EngineFactory, watch: Watcher = 
         with ClipWriter(job.target, info, sound) as writer, ThreadPoolExecutor(1, "codec") as pool:
             try:
                 opened_at = time.monotonic()
-                await _start(engine, watch)
+                await start_engine(
+                    engine, lambda status: watch(Progress(f"model {status.state} {status.percent} %", 0, None))
+                )
                 started_at = time.monotonic()
                 run = _Run(reader, writer, engine, pool, watch, copy_sound=job.audio)
                 frames = await run.render(job.params)
@@ -164,27 +165,6 @@ def _check_paths(job: RestyleJob) -> None:
             raise ClipError(f"{job.target}: input and output are the same file; name another output")
         if not job.force:
             raise ClipError(f"{job.target}: exists already; --force overwrites it")
-
-
-async def _start(engine: Engine, watch: Watcher) -> None:
-    """Start the engine and show its progress until streams render."""
-    await engine.start()
-    ready = asyncio.create_task(engine.wait_ready(), name="restyle/wait-ready")
-    try:
-        heard, heard_at = engine.status, time.monotonic()
-        while not ready.done():
-            if engine.status != heard:
-                heard, heard_at = engine.status, time.monotonic()
-            if time.monotonic() - heard_at > ENGINE_SILENCE_S:
-                raise RestyleError(
-                    f"the engine told no progress for {ENGINE_SILENCE_S:.0f} s at {heard.percent} %;"
-                    " try livebrush doctor"
-                )
-            watch(Progress(f"model {heard.state} {heard.percent} %", 0, None))
-            await asyncio.wait({ready}, timeout=0.2)
-        ready.result()
-    finally:
-        ready.cancel()
 
 
 class _TextPending(Exception):

@@ -91,7 +91,7 @@ def test_a_command_line_loads_neither_torch_nor_the_server() -> None:
 
 
 def test_restyle_does_not_load_torch() -> None:
-    code = "import sys, server.restyle, server.doctor; sys.exit('torch' in sys.modules)"
+    code = "import sys, server.restyle, server.doctor, server.configure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], timeout=TIMEOUT_S).returncode == 0
 
 

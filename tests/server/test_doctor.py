@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.api import EngineError
+from engine.choose import Choice, Need
 from engine.config import EngineSettings
 from engine.fake import FakeEngine
 from server.cli import main
@@ -18,6 +19,7 @@ from server.doctor import (
     Level,
     Report,
     check_browser,
+    check_choice,
     check_codecs,
     check_frame_memory,
     check_gpu,
@@ -106,6 +108,54 @@ def test_a_broken_model_config_is_a_problem(settings: ServerSettings, config: st
     assert check_model(settings).level is Level.PROBLEM
 
 
+def write_files(folder: Path, **files: bytes) -> ServerSettings:
+    """A model of several files, as Wan's are."""
+    folder.mkdir()
+    records = {}
+    for name, content in files.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+        record = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        records[f"{name}.safetensors"] = record
+    (folder / "config.json").write_text(json.dumps({"files": records}))
+    return ServerSettings(port=0, engine=EngineSettings(model=str(folder)))
+
+
+def test_a_model_of_several_files_is_checked_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = write_files(tmp_path / "wan", transformer=b"a" * 100, vae=b"b" * 50)
+    assert check_model(settings) == Finding("model", Level.OK, "wan, 0 MiB in 2 files")
+    (tmp_path / "wan" / "vae.safetensors").write_bytes(b"c" * 50)
+    changed = check_model(settings)
+    assert changed.level is Level.PROBLEM and "vae.safetensors has another SHA-256" in changed.text
+    assert "livebrush models download" in changed.cure
+    # Large ones are not read through at every look.
+    monkeypatch.setattr("server.doctor.MAX_HASHED_BYTES", 10)
+    assert "2 of them by size alone" in check_model(settings).text
+    (tmp_path / "wan" / "transformer.safetensors").unlink()
+    assert "transformer.safetensors has 0 bytes, not 100" in check_model(settings).text
+
+
+def test_the_choice_is_shown_with_its_reason_and_its_parts() -> None:
+    need = Need({"transformer": 3 << 30, "KV cache": 500 << 20}, {"text encoder": 11 << 30})
+    choice = Choice(EngineSettings(device="cuda:0"), 2, need, "wan at 832x480, since it fits")
+    shown = [finding.text for finding in check_choice(choice)]
+    assert shown == [
+        "wan at 832x480, since it fits",
+        "3.5 GiB on cuda:0: transformer 3.0 GiB, KV cache 500 MiB",
+        "11.0 GiB on main memory: text encoder 11.0 GiB",
+    ]
+    (refused,) = check_choice(None, "wan needs 9 GiB")
+    assert refused.level is Level.PROBLEM and "--model auto" in refused.cure
+
+
+async def test_a_stream_batch_is_measured_by_its_passes(settings: ServerSettings) -> None:
+    batch = settings.model_copy(update={"steps": 3, "engine": settings.engine.model_copy(update={"mode": "batch"})})
+    report = await examine(
+        batch, make_engine=lambda s: FakeEngine(64, 64, delay_s=0.02, held_chunks=2, first_chunk_frames=5)
+    )
+    assert report.measured is not None and 18 < report.measured.chunk_ms < 40
+    assert "with 3 steps" in report.findings[-1].text
+
+
 def test_a_taken_port_is_a_warning_with_another_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         finding = check_port("127.0.0.1", server.getsockname()[1])
@@ -148,6 +198,16 @@ def test_a_gpu_tool_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.
 def test_every_fault_on_the_screen_has_its_cure_below_it() -> None:
     report = Report((Finding("a", Level.OK, "fine"), Finding("b", Level.PROBLEM, "broken", "mend it")), None)
     assert to_text(report).splitlines()[1:3] == ["problem  b  broken", "            -> mend it"]
+
+
+def test_the_command_shows_what_serve_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick", "--json"]) == 0
+    found = {finding["name"]: finding["text"] for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["choice"].startswith("livebrush-tiny at 256x256, 1 step, on the CPU")
+    assert "transformer" in found["needs"]
+    assert main(["doctor", "--quick", "--json", "--devices", "cuda:7"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["name"] for f in findings if f["level"] == "problem"] == ["choice"]
 
 
 def test_the_command_ends_with_1_where_it_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:

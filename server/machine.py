@@ -1,0 +1,130 @@
+"""What there is on this machine for `engine.choose`: the CPU, GPUs by nvidia-smi, and installed models. No torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from engine.choose import CPU, Device, Machine, Model, Need
+from engine.config import CONFIG_FILE, MAX_STEPS, MODELS_DIR, EngineSettings, serving_profile, user_models_dir
+from engine.memory import Demand, needed, shape_of
+
+PROBE_TIMEOUT_S = 60.0
+QUERY = "--query-gpu=index,name,memory.free"
+MIB = 1 << 20
+DEV = Path("/dev")
+
+
+class GpuError(Exception):
+    """nvidia-smi is there and does not answer as it should."""
+
+
+def find_machine() -> Machine:
+    """Devices and installed models; a GPU tool that fails means no GPU here (`doctor` says so)."""
+    try:
+        gpus = find_gpus()
+    except GpuError:
+        gpus = []
+    host = Device(CPU, cpu_title(), psutil.virtual_memory().available)
+    return Machine((host, *gpus), installed_models())
+
+
+def find_gpus() -> list[Device]:
+    """GPUs with their free memory, as torch will number them. Raises: GpuError.
+
+    Without nvidia-smi (in a slim container, say) the driver's device files tell how many, not how large.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        files = sorted(DEV.glob("nvidia[0-9]*"))
+        return visible([Device(f"cuda:{index}", "NVIDIA GPU", None) for index in range(len(files))], os.environ)
+    command = [tool, QUERY, "--format=csv,noheader,nounits"]
+    try:
+        query = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GpuError("nvidia-smi does not answer") from error
+    if query.returncode or not query.stdout.strip():
+        raise GpuError("nvidia-smi finds none")
+    return visible(parse_gpus(query.stdout), os.environ)
+
+
+def visible(gpus: list[Device], environment: Mapping[str, str]) -> list[Device]:
+    """Those that CUDA_VISIBLE_DEVICES leaves, numbered anew in its order; names other than numbers are left alone."""
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    if shown is None or not all(part.strip().lstrip("-").isdigit() for part in shown.split(",") if part.strip()):
+        return gpus
+    by_number = {gpu.name: gpu for gpu in gpus}
+    chosen = [by_number.get(f"cuda:{part.strip()}") for part in shown.split(",") if part.strip()]
+    return [replace(gpu, name=f"cuda:{index}") for index, gpu in enumerate(gpu for gpu in chosen if gpu)]
+
+
+def parse_gpus(text: str) -> list[Device]:
+    """Lines of `index, name, free MiB`; memory that is not a number (shared with the host, say) is unknown."""
+    devices = []
+    for line in text.strip().splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) < 3 or not cells[0].isdigit():
+            raise GpuError(f"nvidia-smi says {line!r}")
+        free = int(cells[-1]) * MIB if cells[-1].isdigit() else None
+        devices.append(Device(f"cuda:{cells[0]}", ", ".join(cells[1:-1]), free))
+    return devices
+
+
+def installed_models() -> tuple[Model, ...]:
+    """Every readable model folder, shipped or downloaded; the first of a name counts, as in EngineSettings."""
+    found: dict[str, Model] = {}
+    for root in (MODELS_DIR, user_models_dir()):
+        for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
+            folder = config.parent
+            if folder.name not in found and (model := _read_model(folder)):
+                found[folder.name] = model
+    return tuple(found.values())
+
+
+def _read_model(folder: Path) -> Model | None:
+    """None for a folder that cannot be read: naming it serves the error, having it lie there breaks nothing."""
+    try:
+        weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        return Model(folder.name, serving_profile(folder), weights)
+    except (OSError, ValueError):
+        return None
+
+
+def need_of(settings: EngineSettings) -> Need:
+    """Bytes by part (engine.memory). Raises FileNotFoundError or ValueError for a model folder that is not one."""
+    shape = shape_of(settings.model_dir)
+    is_gpu = settings.device != CPU
+    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if is_gpu else "float32"
+    light = settings.vae == "light" or (settings.vae == "auto" and shape.light_vae is not None)
+    text_here = bool(shape.text_bytes) and settings.text_device == settings.device
+    demand = Demand(
+        width=settings.width,
+        height=settings.height,
+        streams=settings.max_streams,
+        rows=MAX_STEPS if settings.mode == "batch" else 1,
+        dtype=dtype,
+        vae="light" if light else "full",
+        micro_batch=settings.micro_batch,
+        fp8=settings.fp8,
+        text_here=text_here,
+    )
+    parts = {part.name: part.size_bytes for part in needed(shape, demand).parts}
+    return Need(parts, {"text encoder": shape.text_bytes} if shape.text_bytes and not text_here else {})
+
+
+def cpu_title() -> str:
+    """The CPU's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
