@@ -117,3 +117,30 @@ def test_a_full_disk_is_told_before_and_during(
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(HubError, match="No space left"):
         fetch(found, tmp_path)
+
+
+def test_what_another_tool_has_in_the_hub_s_cache_is_used(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    there = library.hf_hub_download(FILE.repo, FILE.path, endpoint=hub.url, cache_dir=tmp_path / "cache")
+    hub.ranges.clear()
+    assert fetch(find(FILE), tmp_path / "models") == Path(there)
+    assert hub.ranges == []
+    Path(there).write_bytes(b"damaged")
+    with pytest.raises(HubError, match="what came is 7 bytes"):
+        fetch(find(FILE), tmp_path / "models")
+    # It is not ours to remove.
+    assert Path(there).exists()
+
+
+def test_files_over_the_hub_s_limit_go_through_its_own_transfer(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub_module, "MAX_PLAIN_BYTES", 1000)
+    assert fetch(find(FILE), tmp_path).read_bytes() == CONTENT
+    hub.wrong.add(FILE.path)
+    with pytest.raises(HubError, match="do not trust this source"):
+        fetch(find(FILE), tmp_path / "again")
