@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.models_command import add_models_parser
+
 if TYPE_CHECKING:
     from engine.api import Engine
     from server.restyle import Progress, RestyleJob, RestyleSummary
@@ -190,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve the page: a camera in, restyled video out"))
     _add_restyle(commands.add_parser("restyle", help="restyle a video file"))
     _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
+    add_models_parser(commands)
     return parser
 
 

@@ -57,9 +57,9 @@ STAGES = {
 }
 # Of RenderedChunk.fault, in plain words.
 MODEL_FAULTS = {
-    "nan": "The model's picture had broken numbers in it",
-    "black": "The model's picture was black",
-    "frozen": "The model's picture stood still",
+    "nan": "The model gave a broken picture",
+    "black": "The model gave a black picture",
+    "frozen": "The model's picture stood still while you moved",
     "text_pending": "The model is still reading the words of the style",
 }
 INPUT_FAULTS = {

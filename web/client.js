@@ -22,7 +22,7 @@ function wishes() {
   const query = new URLSearchParams(location.search);
   const settings = {};
   if (query.has("prompt")) settings.prompt = query.get("prompt");
-  for (const name of ["strength", "steps", "seed"]) {
+  for (const name of ["strength", "steps", "seed", "transition_s"]) {
     const value = Number(query.get(name));
     if (query.has(name) && Number.isFinite(value)) settings[name] = value;
   }
@@ -45,9 +45,13 @@ async function main() {
   ui.showReadiness();
   const [model] = (await getJson("/api/v1/models").catch(() => ({ models: [] }))).models;
   const styles = model?.styles ?? [];
-  if (model) session.sideUsed = Math.min(...model.size.split("x").map(Number));
+  if (model) {
+    const [width, height] = model.size.split("x").map(Number);
+    session.size = { width, height };
+    ui.setShape(width, height);
+  }
   const first = styles.find((style) => style.id === FIRST_STYLE) ?? styles[0];
-  await session.set({ prompt: first?.prompt ?? "", ...settings });
+  await session.set({ prompt: first?.prompt ?? "", steps: model?.steps ?? 1, ...settings });
   ui.setStyles(styles, model?.steps_max ?? 1);
   if (autostart) await session.start(source);
 }

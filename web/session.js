@@ -5,7 +5,6 @@ import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sour
 
 const BACKOFF_S = [0.5, 1, 2, 4, 8];
 const FULL_RETRY_S = 5;
-const READY_POLL_MS = 500;
 // A connection that held this long was a good one: the next loss begins the back-off anew.
 const STEADY_MS = 10_000;
 const LATENCY_WINDOW_S = 10;
@@ -15,7 +14,8 @@ const FPS_WINDOW_S = 2;
  * @typedef {"idle"|"asking"|"connecting"|"loading"|"live"|"reconnecting"|"waiting"|"stopped"|"failed"} State
  * idle: nothing started; asking: a source is being opened; loading: connected, the camera passes through until the
  * model is ready; reconnecting: the server is gone; waiting: the server is full; failed: see `problem`.
- * @typedef {{prompt: string, strength: number, steps: number, seed: number}} Settings
+ * @typedef {{prompt: string, blend: {text: string, weight: number}[], transition_s: number, strength: number,
+ *   steps: number, seed: number}} Settings blend: in place of the prompt, where it is not empty
  */
 
 /** Events: `change` (state, problem or settings), `track` (a remote track), `source`, `notice`, `ack`. */
@@ -25,7 +25,7 @@ export class LiveSession extends EventTarget {
   /** What is wrong and the cure, or null. @type {{code: string, title: string, message: string} | null} */
   problem = null;
   /** @type {Settings} */
-  settings = { prompt: "", strength: 1, steps: 1, seed: 0 };
+  settings = { prompt: "", blend: [], transition_s: 0, strength: 1, steps: 1, seed: 0 };
   bypass = false;
   /** The server's last `stats`, or null. */
   server = null;
@@ -33,19 +33,18 @@ export class LiveSession extends EventTarget {
   source = null;
   /** @type {Connection | null} */
   connection = null;
-  /** Per cent of the model's start, while it loads. */
-  loadingPercent = null;
+  /** How far the model is while it loads, or why it does not. @type {{percent: number | null, message: string} | null} */
+  loading = null;
   /** When the next attempt comes (page clock), while reconnecting or waiting. */
   retryAt = null;
   clickToPictureMs = null;
-  /** Shorter side of the model's picture, in pixels. */
-  sideUsed = 256;
+  /** The model's picture, in pixels. */
+  size = { width: 256, height: 256 };
   #ice;
   #clickedAt = 0;
   #attempt = 0;
   #openedAt = 0;
   #retryTimer = 0;
-  #readyTimer = 0;
   #microphone = null;
   /** Counts starts and stops: what was awaited in an older one is thrown away. */
   #epoch = 0;
@@ -80,7 +79,7 @@ export class LiveSession extends EventTarget {
       if (kind === "clip" || (kind === "camera" && (await cameraIsGranted()))) this.#connect(epoch);
     }
     try {
-      const source = await openSource(kind, options);
+      const source = await openSource(kind, { size: this.size, ...options });
       if (epoch !== this.#epoch) return source.stop();
       this.#takeSource(source);
     } catch (error) {
@@ -109,6 +108,8 @@ export class LiveSession extends EventTarget {
    */
   async set(change) {
     const before = this.settings;
+    // One style asked for replaces a mix, here as in the server.
+    if ("prompt" in change && !("blend" in change)) change = { ...change, blend: [] };
     this.settings = { ...before, ...change };
     this.#emit("change");
     try {
@@ -214,7 +215,7 @@ export class LiveSession extends EventTarget {
   }
 
   async #giveTracks() {
-    await this.connection.setTracks(this.source.stream.getVideoTracks()[0], this.#soundTrack(), this.sideUsed);
+    await this.connection.setTracks(this.source.stream.getVideoTracks()[0], this.#soundTrack(), Math.min(this.size.width, this.size.height));
   }
 
   // --- connection
@@ -250,11 +251,9 @@ export class LiveSession extends EventTarget {
   }
 
   #disconnect(options) {
-    clearTimeout(this.#readyTimer);
-    this.#readyTimer = 0;
     this.connection?.close(options);
     this.connection = null;
-    this.loadingPercent = null;
+    this.loading = null;
     this.retryAt = null;
   }
 
@@ -266,32 +265,20 @@ export class LiveSession extends EventTarget {
       this.clickToPictureMs = firstRestyledAt - this.#clickedAt;
     }
     if (performance.now() - this.#openedAt > STEADY_MS) this.#attempt = 0;
-    if (stats.state === "passthrough") {
-      this.#watchReadiness();
-      return;
-    }
-    this.#set("live");
+    if (stats.state !== "passthrough") this.#set("live");
+    else if (this.loading) this.#set("loading");
   }
 
   #onNotice(notice) {
-    if (notice.code === "model_loading" || notice.code === "engine_lost") this.#watchReadiness();
+    // The camera passes through meanwhile; the first picture of the model ends it.
+    if (notice.code === "model_loading" || notice.code === "engine_lost") {
+      this.loading = { percent: notice.percent ?? null, message: notice.message };
+      this.#set("loading");
+    } else if (notice.code === "model_ready" || notice.code === "engine_back") {
+      if (this.loading) this.loading = { percent: 100, message: notice.message };
+      this.#emit("change");
+    }
     this.#emit("notice", notice);
-  }
-
-  /** While the camera passes through: how far the model is. */
-  async #watchReadiness() {
-    if (this.#readyTimer) return;
-    const { connection } = this;
-    const again = () => {
-      this.#readyTimer = 0;
-      if (connection === this.connection && this.server?.state === "passthrough") this.#watchReadiness();
-    };
-    this.#readyTimer = setTimeout(again, READY_POLL_MS);
-    const readiness = await readReadiness();
-    if (connection !== this.connection || !readiness || readiness.ready) return;
-    this.loadingPercent = readiness.percent;
-    this.#set("loading");
-    this.#emit("change");
   }
 
   /** @param {ConnectionLost} lost */
@@ -318,7 +305,7 @@ export class LiveSession extends EventTarget {
   /** @param {State} state */
   #set(state) {
     if (state !== "reconnecting" && state !== "waiting") this.retryAt = null;
-    if (state === "live") this.loadingPercent = null;
+    if (state === "live") this.loading = null;
     this.state = state;
     this.#emit("change");
   }

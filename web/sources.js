@@ -1,6 +1,7 @@
 // Where the picture comes from: camera, screen, the bundled clip, a file. Every refusal is told in plain words.
 
-export const CAPTURE = { width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30, max: 30 } };
+const CAPTURE = { width: 640, height: 480 };
+const CAPTURE_FPS = { ideal: 30, max: 30 };
 const MICROPHONE = { echoCancellation: true, noiseSuppression: true, autoGainControl: true };
 const CLIPS = [
   ["demo/people.mp4", 'video/mp4; codecs="avc1.42E01E"'],
@@ -55,11 +56,12 @@ export async function cameraIsGranted() {
 /**
  * Opens a source. Raises SourceError.
  * @param {string} kind camera, screen, clip or file
- * @param {{microphone?: boolean, file?: File}} options
+ * @param {{microphone?: boolean, file?: File, size?: {width: number, height: number}}} options size: of the model's
+ *   picture; a camera is asked for at least that
  * @returns {Promise<Source>}
  */
-export async function openSource(kind, { microphone = false, file } = {}) {
-  if (kind === "camera") return fromStream("camera", await openCamera(microphone));
+export async function openSource(kind, { microphone = false, file, size = CAPTURE } = {}) {
+  if (kind === "camera") return fromStream("camera", await openCamera(microphone, size));
   if (kind === "screen") return fromStream("screen", await openScreen());
   if (kind === "clip") return openVideo("clip", CLIPS.find(([, type]) => canPlay(type))?.[0] ?? CLIPS[0][0]);
   if (kind === "file" && file) return openFile(file);
@@ -87,10 +89,13 @@ function requireMediaDevices(what) {
   );
 }
 
-async function openCamera(microphone) {
+async function openCamera(microphone, size) {
   requireMediaDevices("camera");
   try {
-    return await navigator.mediaDevices.getUserMedia({ video: CAPTURE, audio: microphone ? MICROPHONE : false });
+    const width = { ideal: Math.max(CAPTURE.width, size.width) };
+    const height = { ideal: Math.max(CAPTURE.height, size.height) };
+    const video = { width, height, frameRate: CAPTURE_FPS };
+    return await navigator.mediaDevices.getUserMedia({ video, audio: microphone ? MICROPHONE : false });
   } catch (error) {
     const known = CAMERA_ERRORS[error.name];
     throw new SourceError(...(known ?? ["camera_failed", "The camera did not start", `${error.message || error.name}. Try again.`]));

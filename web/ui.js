@@ -12,7 +12,7 @@ const SEED_LIMIT = 2 ** 31;
 const HERO_TILES = 8;
 const NOTICE_MS = 8_000;
 // What a person is told in passing; the rest of the server's notices show in the state.
-const NOTICES = ["rate_changed", "engine_lost", "engine_back"];
+const NOTICES = ["rate_changed", "engine_lost", "engine_back", "model_fault"];
 const PHONE = "(max-width: 760px)";
 
 const STATES = {
@@ -41,6 +41,9 @@ export class Ui {
   #lastKind = "camera";
   #lastFile = null;
   #viewFollowsWidth = true;
+  /** Whether two styles are being mixed; the second one, once chosen. */
+  #mixing = false;
+  #second = null;
 
   /** @param {import("./session.js").LiveSession} session */
   constructor(session) {
@@ -108,7 +111,8 @@ export class Ui {
   #showAck(ack) {
     const { params, style, first_frame: frame } = ack;
     const near = style ? `, nearest style: ${style.id.replaceAll("-", " ")}` : "";
-    this.#note(frame === null ? `Noted${near}.` : `“${params.prompt || "unstyled"}” since frame ${frame}${near}.`);
+    const words = params.blend?.length ? params.blend.map(({ text }) => text).join(" + ") : params.prompt || "unstyled";
+    this.#note(frame === null ? `Noted${near}.` : `“${words}” since frame ${frame}${near}.`);
   }
 
   #showNotice(notice) {
@@ -144,22 +148,59 @@ export class Ui {
     if (!this.#sliderTimer) {
       $("strength").value = settings.strength;
       $("steps").value = settings.steps;
+      $("transition").value = settings.transition_s;
     }
-    setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
-    setText($("steps-value"), $("steps").value);
+    this.#showSliders();
+    this.#showLoading();
+    this.#showMix();
     $("bypass").setAttribute("aria-pressed", String(session.bypass));
     setText($("restyled-caption"), this.#caption());
     this.#keepMoving();
     for (const tile of $("styles").children) {
       tile.setAttribute("aria-pressed", String(tile.dataset.prompt === settings.prompt));
+      tile.toggleAttribute("data-second", this.#second !== null && tile.dataset.prompt === this.#second);
     }
     this.#refresh();
   }
 
+  /** Over the camera while the model loads; it fades away with the last text it had. */
+  #showLoading() {
+    const { state, loading } = this.#session;
+    const shown = state === "loading" && loading !== null;
+    $("loading").classList.toggle("on", shown);
+    if (!shown) return;
+    $("loading").classList.toggle("trouble", loading.percent === null);
+    setText($("loading-text"), loading.message.split(";")[0]);
+    setText($("loading-percent"), loading.percent === null ? "" : `${loading.percent} %`);
+    $("loading-bar").style.width = `${loading.percent ?? 0}%`;
+  }
+
+  #showSliders() {
+    setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
+    setText($("steps-value"), $("steps").value);
+    const seconds = Number($("transition").value);
+    setText($("transition-value"), seconds ? `in ${seconds} s` : "at once");
+  }
+
+  #showMix() {
+    $("mix").setAttribute("aria-pressed", String(this.#mixing));
+    $("mix-row").hidden = this.#second === null;
+    const share = Number($("mix-share").value);
+    setText($("mix-value"), `${Math.round(share * 100)} %`);
+    if (this.#second !== null) {
+      const [one, two] = [this.#session.settings.prompt, this.#second].map((prompt) => this.#nameOf(prompt));
+      setText($("mix-names"), `${one} with ${two}`);
+    }
+  }
+
+  #nameOf(prompt) {
+    return this.#styles.find((style) => style.prompt === prompt)?.name ?? (prompt || "unstyled");
+  }
+
   #caption() {
-    const { state, bypass, connection, source } = this.#session;
+    const { state, bypass, connection, source, server } = this.#session;
     if (bypass) return "Original (painting is off)";
-    if (state === "loading") return "Camera, until the model is ready";
+    if (state === "loading" || (connection && server?.state === "withheld")) return "Camera";
     return !connection && source ? "Camera, until the server is back" : "Painted";
   }
 
@@ -185,11 +226,12 @@ export class Ui {
   }
 
   #stateText(text) {
-    const { state, loadingPercent, retryAt, bypass, server } = this.#session;
-    if (state === "loading") return loadingPercent === null ? text : `${text} ${loadingPercent} %`;
+    const { state, loading, retryAt, bypass, server } = this.#session;
+    if (state === "loading") return loading?.percent == null ? "Model not running" : `${text} ${loading.percent} %`;
     if (retryAt !== null) return `${text} · again in ${Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))} s`;
     if (state === "live" && bypass) return "Live, showing the original";
     if (state === "live" && server?.state === "fading") return "Live, fading in";
+    if (state === "live" && server?.state === "withheld") return "Live, showing the camera";
     return text;
   }
 
@@ -253,6 +295,11 @@ export class Ui {
     this.#render();
   }
 
+  /** The shape of the model's picture is the shape of both panes. */
+  setShape(width, height) {
+    document.documentElement.style.setProperty("--aspect", String(width / height));
+  }
+
   #tile(style, index) {
     const tile = document.createElement("button");
     tile.type = "button";
@@ -262,7 +309,7 @@ export class Ui {
     const name = document.createElement("span");
     name.textContent = style.name;
     tile.append(picture(style), name);
-    tile.addEventListener("click", () => this.#apply({ prompt: style.prompt }));
+    tile.addEventListener("click", () => this.#choosePrompt(style.prompt));
     return tile;
   }
 
@@ -277,6 +324,9 @@ export class Ui {
     });
     $("strength").addEventListener("input", () => this.#slide({ strength: Number($("strength").value) }));
     $("steps").addEventListener("input", () => this.#slide({ steps: Number($("steps").value) }));
+    $("transition").addEventListener("input", () => this.#slide({ transition_s: Number($("transition").value) }));
+    $("mix").addEventListener("click", () => this.#toggleMix());
+    $("mix-share").addEventListener("input", () => this.#slide({ blend: this.#blend(this.#session.settings.prompt) }));
     $("seed").addEventListener("click", () => this.#apply({ seed: Math.floor(Math.random() * SEED_LIMIT) }));
     this.#bindBypass();
   }
@@ -284,14 +334,41 @@ export class Ui {
   #applyPrompt() {
     clearTimeout(this.#promptTimer);
     const prompt = $("prompt").value.trim();
-    if (prompt !== this.#session.settings.prompt) this.#apply({ prompt });
+    if (prompt !== this.#session.settings.prompt) this.#apply({ prompt, blend: this.#blend(prompt) });
+  }
+
+  /** A style is chosen: the one style, or the second of a mix. */
+  #choosePrompt(prompt) {
+    const { settings } = this.#session;
+    if (!this.#mixing) {
+      this.#apply({ prompt });
+      return;
+    }
+    this.#second = prompt === settings.prompt ? null : prompt;
+    this.#apply({ blend: this.#blend(settings.prompt) });
+  }
+
+  #toggleMix() {
+    this.#mixing = !this.#mixing;
+    const mixed = this.#second !== null;
+    this.#second = null;
+    if (mixed) this.#apply({ blend: [] });
+    this.#note(this.#mixing ? "Choose a second style." : "Enter applies it, so does a pause.");
+    this.#render();
+  }
+
+  /** What is mixed when `prompt` is the first style; empty where there is no second. */
+  #blend(prompt) {
+    if (this.#second === null) return [];
+    const share = Number($("mix-share").value);
+    return [{ text: prompt, weight: 1 - share }, { text: this.#second, weight: share }];
   }
 
   /** At most one message in SLIDER_PERIOD_MS, and always the last position. */
   #slide(change) {
     Object.assign(this.#pendingSliders, change);
-    setText($("strength-value"), `${Math.round($("strength").value * 100)} %`);
-    setText($("steps-value"), $("steps").value);
+    this.#showSliders();
+    this.#showMix();
     this.#sliderTimer ||= setTimeout(() => {
       this.#sliderTimer = 0;
       this.#apply(this.#pendingSliders);
@@ -399,7 +476,7 @@ export class Ui {
       $("prompt").select();
     } else if (event.key.toLowerCase() === "o") this.#toggleBypass();
     else if (event.key.toLowerCase() === "f") this.#fullscreen();
-    else if (this.#styles[Number(event.key) - 1]) this.#apply({ prompt: this.#styles[Number(event.key) - 1].prompt });
+    else if (this.#styles[Number(event.key) - 1]) this.#choosePrompt(this.#styles[Number(event.key) - 1].prompt);
   }
 
   /** Before the start: whether the model is ready, so that nobody waits without knowing. */

@@ -80,7 +80,9 @@ function row(name, title, what, value) {
 
 function facts(stats, connection, server) {
   const ms = (value) => (value === null || value === undefined ? "–" : `${Math.round(value)} ms`);
-  const dropped = Object.entries(server?.dropped ?? {}).map(([reason, count]) => `${reason} ${count}`).join(", ");
+  const counted = (counts) => Object.entries(counts ?? {}).map(([reason, count]) => `${reason} ${count}`).join(", ");
+  const dropped = counted(server?.dropped);
+  const withheld = counted(server?.withheld);
   const media = connection?.media;
   const list = [
     ["95 of 100 frames within", ms(stats.latency_p95_ms)],
@@ -89,6 +91,8 @@ function facts(stats, connection, server) {
     ["Agreed rate", stats.agreed_fps ? `${stats.agreed_fps} fps` : "–"],
     ["Frames shown", stats.frames_shown],
     ["Frames dropped", dropped || "none"],
+    ...(withheld ? [["Camera shown instead", withheld]] : []),
+    ...(server?.reanchored ? [["Begun anew after a drift", server.reanchored]] : []),
     ["Camera sent as", media?.sent ? `${media.sent} ${media.codec}` : "–"],
     ["Held back by", media?.heldBy && media.heldBy !== "none" ? media.heldBy : "nothing"],
     ["Round trip", ms(connection?.clock.rttMs)],

@@ -71,7 +71,7 @@ def test_the_console_script_is_this_module() -> None:
     assert subprocess.run([script, "--version"], capture_output=True, timeout=TIMEOUT_S).returncode == 0
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["restyle"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["restyle"], ["doctor"], ["models"]])
 def test_every_command_has_help(livebrush: Livebrush, command: list[str]) -> None:
     result = livebrush(*command, "--help")
     assert (result.status, result.stderr) == (0, "")

@@ -415,7 +415,7 @@ async def test_a_picture_that_is_not_fit_is_the_camera_told_once_and_counted() -
         assert marks[(await ack)["first_frame"]] == 1
         assert visitor.stats()["reanchored"] == 1
         faults = [m for m in visitor.messages if m.get("code") == "model_fault"]
-        assert [fault["reason"] for fault in faults] == ["black"] and "was black" in faults[0]["message"]
+        assert [fault["reason"] for fault in faults] == ["black"] and "a black picture" in faults[0]["message"]
         async with aiohttp.ClientSession() as http, http.get(base + "/metrics") as response:
             text = await response.text()
         assert 'livebrush_frames_withheld_total{reason="black"}' in text
