@@ -304,7 +304,7 @@ class Session:
             return
         self._fault_told_at[chunk.fault] = now
         words = MODEL_FAULTS.get(chunk.fault, f"The model's picture was not fit to be shown ({chunk.fault})")
-        self._notice("model_fault", f"{words}; you see your camera until it is right.", reason=chunk.fault)
+        self._notice("model_fault", f"{words}; you see your camera meanwhile.", reason=chunk.fault)
 
     # --- pacer to peer
 

@@ -268,6 +268,29 @@ def test_show_original_and_keys(context: BrowserContext, server: Server) -> None
     expect(page.locator("#prompt")).to_be_focused()
 
 
+def test_two_styles_are_mixed_by_a_slider_and_parted_again(context: BrowserContext, server: Server) -> None:
+    page = open_page(context, server, "?autostart=1&source=clip")
+    wait_for_figures(page, RESTYLED)
+    expect(page.locator("#mix-row")).to_be_hidden()
+
+    page.get_by_role("button", name="Mix two").click()
+    page.locator(".tile").nth(4).click()
+    expect(page.locator("#prompt-note")).to_contain_text(" + ")
+    expect(page.locator("#mix-names")).to_contain_text(" with ")
+    page.locator("#mix-share").fill("0.2")
+    expect(page.locator("#mix-value")).to_have_text("20 %")
+    page.locator("#transition").fill("2")
+    expect(page.locator("#transition-value")).to_have_text("in 2 s")
+    ack = page.evaluate("() => window.livebrush.set({ strength: 0.9 })")
+    assert [round(part["weight"], 2) for part in ack["params"]["blend"]] == [0.8, 0.2]
+    assert ack["params"]["transition_s"] == 2
+
+    page.get_by_role("button", name="Mix two").click()
+    expect(page.locator("#mix-row")).to_be_hidden()
+    ack = page.evaluate("() => window.livebrush.set({ strength: 1 })")
+    assert ack["params"]["blend"] == []
+
+
 def test_the_microphone_comes_back_only_when_it_was_chosen(context: BrowserContext, server: Server) -> None:
     page = open_page(context, server, "?autostart=1&source=camera")
     wait_for_figures(page, RESTYLED)

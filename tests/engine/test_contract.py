@@ -29,7 +29,7 @@ from engine.client import LocalEngine, LocalStream
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from engine.frame_memory import FrameLayout, FrameMemory
-from engine.messages import Done
+from engine.messages import Done, Status, encode
 
 SIZE = 64
 FAR = 1e12
@@ -314,6 +314,17 @@ def test_faults_and_new_beginnings_are_counted_and_named() -> None:
     assert [one.fault for one in rendered] == ["", "nan", ""]
     np.testing.assert_array_equal(rendered[1].frames, chunk(1).frames)
     assert (stream.counters.faults, stream.counters.reanchored) == ({"nan": 1}, 1)
+
+
+async def test_a_start_may_take_long_but_not_be_silent() -> None:
+    engine = LocalEngine(EngineSettings(width=SIZE, height=SIZE, start_timeout_s=0.4))
+    rank = asyncio.StreamReader()
+    reading = asyncio.create_task(engine._read_messages(rank))
+    for percent in range(8):
+        rank.feed_data(encode(Status(state=EngineState.LOADING, percent=percent)))
+        await asyncio.sleep(0.1)
+    assert (engine.status.percent, reading.done()) == (7, False)
+    assert await reading == "no progress for 0 s while starting"
 
 
 @pytest.mark.parametrize(
