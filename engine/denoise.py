@@ -22,7 +22,12 @@ Pass = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PromptContext, CacheVie
 
 
 def predict_clean(
-    prediction: str, output_BTCHW: Tensor, noisy_BTCHW: Tensor, source_BTCHW: Tensor, sigma_B: Tensor, strength_B: Tensor
+    prediction: str,
+    output_BTCHW: Tensor,
+    noisy_BTCHW: Tensor,
+    source_BTCHW: Tensor,
+    sigma_B: Tensor,
+    strength_B: Tensor,
 ) -> Tensor:
     """The clean latent that the transformer's output stands for.
 
@@ -62,6 +67,8 @@ class StreamBatch:
         Args:
             items: with the same number of latent frames, none of them done, each on a row of its own.
         """
+        # Neighbouring rows in order are read where they lie, others through a copy.
+        items = sorted(items, key=lambda item: item.rows[item.step].index)
         self._enter_rows(items)
         noisy = [self._noised(item) for item in items]
         rows = [item.rows[item.step] for item in items]
@@ -139,8 +146,10 @@ class StreamBatch:
     def _join(self, prompts: Sequence[PromptContext]) -> PromptContext:
         """One batch of prompts; kept for as long as the same streams come together."""
         wanted = tuple(prompts)
-        if self._joined is None or len(self._joined[0]) != len(wanted) or any(
-            a is not b for a, b in zip(self._joined[0], wanted, strict=True)
+        if (
+            self._joined is None
+            or len(self._joined[0]) != len(wanted)
+            or any(a is not b for a, b in zip(self._joined[0], wanted, strict=True))
         ):
             self._joined = wanted, PromptContext.joined(wanted)
         return self._joined[1]

@@ -119,7 +119,7 @@ class HealthMonitor:
         if self._input.outside(figures.source):
             self.relearn()
             return False
-        # A list, so that every band learns.
-        outside = any([band.outside(value) for band, value in zip(self._bands, figures.output, strict=True)])
-        self._outside = self._outside + 1 if outside else 0
+        # All of them, so that every band learns.
+        outside = [band.outside(value) for band, value in zip(self._bands, figures.output, strict=True)]
+        self._outside = self._outside + 1 if any(outside) else 0
         return self._outside >= DRIFT_CHUNKS

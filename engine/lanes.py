@@ -44,6 +44,11 @@ class Lanes:
         if self._cuda:
             self._encode, self._denoise, self._decode = (_stream(device) for _ in range(3))
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether work goes on after it was queued."""
+        return self._cuda
+
     def upload(self, frames: NDArray[np.uint8]) -> Tensor:
         """Frames on the device. On CUDA through pinned memory, without waiting for the copy."""
         if not self._cuda:

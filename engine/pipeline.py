@@ -3,6 +3,7 @@
 Axes in names: B batch, T frames, C channels, H and W rows and columns.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Pipeline:
         Raises: MemoryError when every row is leased; ValueError for parameters that the model cannot follow.
         """
         plan = self.plan(params)
-        return SessionState(
+        state = SessionState(
             params=params,
             rows=self.pool.lease(self._rows_per_stream),
             prompts=PromptState(params.prompts),
@@ -119,11 +120,14 @@ class Pipeline:
             noise=noise or self._noise(params.seed),
             history=deque(maxlen=self.pool.window),
         )
+        # A state that is dropped gives its rows back too.
+        state.lease = weakref.finalize(state, self.pool.release, state.rows)
+        return state
 
     def close(self, state: SessionState) -> None:
-        """Give a stream's cache rows back."""
-        self.pool.release(state.rows)
-        state.rows = []
+        """Give a stream's cache rows back. Idempotent."""
+        if state.lease is not None:
+            state.lease()
 
     @torch.inference_mode()
     def set_params(self, state: SessionState, params: StreamParams, revision: int = 0) -> None:
@@ -328,6 +332,7 @@ class Pipeline:
             item.state.primed = steps
 
     def advance_prompts(self, state: SessionState) -> None:
+        """Go on to the prompts of a stream's next chunk. Raises EngineError when their text cannot be encoded."""
         prompts = state.prompts
         prompts.advance(self.model.text.request, self._contextualise)
         if prompts.changed and state.params.recache and prompts.context is not None:

@@ -7,7 +7,8 @@ sink refresh. A bundle folder has
     spec.json              sizes and settings, see `Spec`
     dit.safetensors        the transformer under original Wan names
     vae.safetensors        the autoencoder likewise
-    inputs.safetensors     prompt_embeds [1, text_len, text_dim], video [1, 3, T, H, W] in [-1, 1], T = 1 + 4K(1 + chunks)
+    inputs.safetensors     prompt_embeds [1, text_len, text_dim], video [1, 3, T, H, W] in [-1, 1]
+                           with T = 1 + 4K(1 + chunks)
     noise.safetensors      noise_CCC_S [frames, z, h, w]: enters chunk CCC before step S
 
 and the output one safetensors with latent_CCC [frames, z, h, w] (clean, before de-normalising) and frames_CCC
@@ -147,11 +148,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle, read and checked."""
+    """A bundle, read and checked. video: [T, 3, H, W] in the bundle's dtype."""
 
     spec: Spec
     model: Model
-    video_TCHW: Tensor
+    video: Tensor
     noise: RecordedNoise
 
     @classmethod
@@ -172,7 +173,7 @@ class Bundle:
         """Pixels [T, 3, H, W] of a chunk."""
         span = 4 * self.spec.frames_per_block
         start = 0 if index == 0 else 1 + index * span
-        return self.video_TCHW[start : 1 + (index + 1) * span]
+        return self.video[start : 1 + (index + 1) * span]
 
 
 def read_spec(path: Path) -> Spec:
@@ -275,7 +276,7 @@ class Replay:
 
     def __init__(self, bundle: Bundle, mode: Mode, *, slots: Slots = "published", compile_pass: bool = False) -> None:
         self.bundle = bundle
-        height, width = bundle.video_TCHW.shape[2:]
+        height, width = bundle.video.shape[2:]
         self.slips = slots == "published" and mode == "sequential"
         self.pipeline = Pipeline(
             bundle.model,
@@ -286,6 +287,7 @@ class Replay:
             compile_pass=compile_pass,
             pool_type=PublishedSlots if self.slips else KVPool,
         )
+        self._later: CacheRow | None = None
         self.watch = Stopwatch()
         self.schedule: list[list[float]] = []
         self.results: dict[str, Tensor] = {}
@@ -306,7 +308,7 @@ class Replay:
 
     def _render(self, state: SessionState, pixels_TCHW: Tensor) -> None:
         item = self.watch.time("encode", lambda: self.pipeline.take_in(state, pixels_TCHW))
-        if self.slips:
+        if self.slips and self._later is not None:
             item.rows = [item.rows[0]] + [self._later] * (item.schedule.steps - 1)
         for done in self.watch.time("dit", lambda: self.pipeline.denoise([item])):
             self._keep(done)

@@ -1,5 +1,6 @@
 """All that belongs to one stream, in one object. Modules hold weights only; a reset is a new object."""
 
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -116,5 +117,6 @@ class SessionState:
     revision: int = 0
     pending_revision: int | None = None
     primed: int = 0
+    lease: "weakref.finalize[..., SessionState] | None" = None
     chunks: int = 0
     frames: int = 0

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from engine.training.budget import Budget, load_checkpoint, log, save_checkpoint
 from engine.training.data import STYLES, Shard, shard_paths
-from engine.wan.vae import TinyVAE, TinyVAEConfig, VAEState
+from engine.wan.vae import StreamVAE, TinyVAE, TinyVAEConfig, VAEState
 
 CROP_PX = 96
 BATCH = 4
@@ -88,7 +88,7 @@ def reconstruction_loss(out_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
     )
 
 
-def decode_clip(vae: TinyVAE, latent_BTCHW: Tensor) -> Tensor:
+def decode_clip(vae: StreamVAE, latent_BTCHW: Tensor) -> Tensor:
     """Decode a clip whose first latent stands for one frame: 1 + 4k frames."""
     return vae.decode(latent_BTCHW, VAEState())[0][:, 3:]
 

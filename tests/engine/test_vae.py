@@ -11,6 +11,7 @@ from engine.wan.vae import TinyVAE, TinyVAEConfig, VAEState, channels_from_space
 
 def small_vae() -> TinyVAE:
     vae = untrained_model(vae=TinyVAEConfig(pixel_channels=4, frame_channels=8, chunk_channels=8)).vae
+    assert isinstance(vae, TinyVAE)
     vae.latent_mean += 0.3
     vae.latent_std *= 1.7
     return vae
