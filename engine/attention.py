@@ -25,12 +25,12 @@ Backend = Literal["sdpa", "flex", "varlen"]
 class Lengths:
     """How many of the L cached tokens count in each row, made once a pass.
 
-    valid_B: int32. mask_B11L: True where a token counts; None when all rows are full, which is the steady state.
+    valid: [B] int32. mask: [B, 1, 1, L], True where a token counts; None when all rows are full, the steady state.
     block: the same for `flex_attend`.
     """
 
-    valid_B: Tensor
-    mask_B11L: Tensor | None
+    valid: Tensor
+    mask: Tensor | None
     block: BlockMask | None = None
 
 
@@ -40,7 +40,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Lengths], Tensor]
 def sdpa_attention(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths) -> Tensor:
     """Scaled dot product attention with a key mask where rows differ; like q."""
     q, k, v = (x.transpose(1, 2) for x in (q_BQGD, k_BLGD, v_BLGD))
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=lengths.mask_B11L).transpose(1, 2)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=lengths.mask).transpose(1, 2)
 
 
 def flex_block_mask(valid_B: Tensor, queries: int, keys: int) -> BlockMask:
@@ -73,7 +73,7 @@ def varlen_attend(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengt
         starts * keys,
         queries,
         keys,
-        seqused_k=lengths.valid_B,
+        seqused_k=lengths.valid,
     )
     assert isinstance(out, Tensor)  # it returns more only when asked to
     return out.view_as(q_BQGD)
