@@ -190,7 +190,10 @@ class KVPool:
             keys turned by their old one; here they are turned when read, by the index they have then.
         """
         due = (start + frames > self.cache.refresh_at)[:, None]
-        moved = torch.where(self._is_sink, self._slot, held - (start[:, None] - (self.window - frames)))
+        # By rank: where frames went to sinks, the rolling ones lie apart, and a plain shift would take them below 0.
+        # What still comes out below 0 is what this chunk overwrites.
+        age = torch.where(self._is_sink, self._slot, held + self.window).argsort(dim=1, stable=True).argsort(dim=1)
+        moved = torch.where(self._is_sink, self._slot, age - frames)
         back = torch.full_like(start, self.window - frames)
         return torch.where(due & (held >= 0), moved, held), torch.where(due[:, 0], back, start)
 
@@ -201,8 +204,11 @@ class KVPool:
         """
         keep = self.cache.sink_ema
         assert keep is not None
-        if any(row.seen < self.window for row in rows):
+        full = [place for place, row in enumerate(rows) if row.seen >= self.window]
+        if not full:
             return
+        if len(full) < len(rows):
+            index, slots = self.row_tensor([rows[place] for place in full]), torch.stack([slots[p] for p in full])
         for frame in range(slots.shape[1]):
             slot = slots[:, frame]
             sink = self.held[index, slot] % self.sinks
