@@ -121,7 +121,7 @@ def parse_device(text: str, devices: Sequence[Device] = ()) -> str:
     possible = " or ".join([*dict.fromkeys(device.name for device in devices or (_CPU,)), AUTO])
     if len(names) > 1:
         raise ChoiceError(
-            f"devices {text!r} are {len(names)}: one process on one device serves for now; give {possible}"
+            f"{text!r} names {len(names)} devices: one process on one device serves for now; give {possible}"
         )
     if not names or not (names[0] == AUTO or _DEVICE.fullmatch(names[0])):
         raise ChoiceError(f"device {text!r} is none; write cpu, cuda:N (such as cuda:0) or auto; here: {possible}")
@@ -243,7 +243,9 @@ def _told(found: _Candidate, steps: int | None, why: str) -> Choice:
 
 def _form(found: _Candidate) -> str:
     settings = found.settings
-    streams = "" if settings.max_streams > 1 else ", one session"
+    streams = ""
+    if settings.max_streams < EngineSettings.model_fields["max_streams"].default:
+        streams = f", {settings.max_streams} session{'s' if settings.max_streams > 1 else ''}"
     return f"{Path(found.model.name).name} at {settings.width}x{settings.height}{streams}"
 
 

@@ -79,7 +79,7 @@ def test_the_largest_model_at_the_largest_size_that_fits_the_gpu(
 def test_the_reason_names_need_room_and_what_was_passed_over() -> None:
     choice = chosen(Machine((host(), gpu(4)), (TINY, SMALL)))
     assert (
-        "wan2.1-1.3b at 512x512, one session needs 6.3 GiB (streams 3.3 GiB, weights 3.0 GiB)"
+        "wan2.1-1.3b at 512x512, 1 session needs 6.3 GiB (streams 3.3 GiB, weights 3.0 GiB)"
         " and cuda:0 (Some GPU) has 4.0 GiB free"
     ) in choice.reason
     fits = chosen(Machine((host(), gpu(24)), (TINY, SMALL)))
@@ -114,7 +114,7 @@ def test_a_model_that_cannot_fit_is_refused_with_parts_bound_and_cure() -> None:
     with pytest.raises(ChoiceError) as refusal:
         chosen(machine, model="wan2.1-14b", device="cuda:0")
     assert str(refusal.value) == (
-        "wan2.1-14b at 512x512, one session needs 34.6 GiB (weights 28.0 GiB, streams 6.6 GiB) and cuda:0 (Some GPU)"
+        "wan2.1-14b at 512x512, 1 session needs 34.6 GiB (weights 28.0 GiB, streams 6.6 GiB) and cuda:0 (Some GPU)"
         " has 24.0 GiB free: choose a smaller --model (livebrush-tiny, wan2.1-1.3b) or a device with more memory"
     )
     with pytest.raises(ChoiceError, match=r"a smaller --size \(832x480 or 512x512\), fewer max_streams"):
@@ -130,7 +130,7 @@ def test_one_device_for_now() -> None:
         "cuda:0",
     ]
     for text, words in (
-        ("cuda:0,cuda:1", "are 2: one process on one device serves for now; give cpu or cuda:0 or auto"),
+        ("cuda:0,cuda:1", "names 2 devices: one process on one device serves for now; give cpu or cuda:0 or auto"),
         ("gpu", "write cpu, cuda:N"),
         ("", "write cpu, cuda:N"),
         ("cuda:1", "nvidia-smi finds 1 GPU; give cpu or cuda:0 or auto"),

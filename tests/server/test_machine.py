@@ -167,7 +167,7 @@ def test_less_memory_means_fewer_sessions_and_none_a_refusal(tmp_path: Path) -> 
 
     few = with_flags(lambda: machine(need + 1), model=folder)
     assert (few.engine.max_streams, few.max_sessions) == (1, 1)
-    with pytest.raises(SettingsError, match=r"wan-small at 64x64, one session needs .* choose a smaller --model"):
+    with pytest.raises(SettingsError, match=r"wan-small at 64x64, 1 session needs .* choose a smaller --model"):
         with_flags(lambda: machine(1000), model=folder)
 
 
@@ -175,7 +175,7 @@ def test_less_memory_means_fewer_sessions_and_none_a_refusal(tmp_path: Path) -> 
     ("flags", "text"),
     [
         ({"device": "cuda:0"}, r"nvidia-smi finds no GPU; give cpu or auto \(from --device\)"),
-        ({"device": "cuda:0,cuda:1"}, "are 2: one process on one device serves for now"),
+        ({"device": "cuda:0,cuda:1"}, "names 2 devices: one process on one device serves for now"),
         ({"device": "tpu"}, "write cpu, cuda:N"),
         ({"model": "nope"}, "no model 'nope'"),
         ({"steps": 5}, "steps: 5 is refused"),
