@@ -231,7 +231,7 @@ class KVPool:
         mask = None
         if any(min(row.seen, self.window) != valid for row in rows):
             mask = (held[:, :valid] >= 0).repeat_interleave(self.tokens, dim=1)[:, None, None]
-        count = (held >= 0).sum(dim=1).to(torch.int32) * self.tokens
+        key = self._rotation(place[:, :valid])
         first = rows[0].index
         together = [row.index for row in rows] == list(range(first, first + len(rows)))
         keys, values = self.keys, self.values
@@ -247,14 +247,24 @@ class KVPool:
             values=values,
             rows=None if together else index,
             slots=(base[:, None] * self.window + slots).flatten(),
-            query=self._rotation(place.gather(1, slots)),
-            key=self._rotation(place[:, :valid]),
+            query=self._chunk_rotation(key, slots),
+            key=key,
             frames=frames,
             valid=valid,
-            lengths=self._lengths(count, mask, frames * self.tokens, valid * self.tokens),
+            lengths=self._lengths(held, mask, frames * self.tokens, valid * self.tokens),
         )
 
-    def _lengths(self, count: Tensor, mask: Tensor | None, queries: int, keys: int) -> Lengths:
+    def _chunk_rotation(self, key: Rotation, slots: Tensor) -> Rotation:
+        """The current chunk's part of the tables of all slots."""
+        tables = []
+        for table in (key.cos, key.sin):
+            by_slot = table.view(slots.shape[0], -1, self.tokens, table.shape[-1])
+            index = slots[:, :, None, None].expand(-1, -1, *by_slot.shape[2:])
+            tables.append(by_slot.gather(1, index).flatten(1, 2).unsqueeze(2))
+        return Rotation(*tables)
+
+    def _lengths(self, held: Tensor, mask: Tensor | None, queries: int, keys: int) -> Lengths:
+        count = (held >= 0).sum(dim=1).to(torch.int32) * self.tokens
         masked_flex = mask is not None and self.attend is flex_attend
         return Lengths(count, mask, flex_block_mask(count, queries, keys) if masked_flex else None)
 

@@ -138,7 +138,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.eps = config.heads, config.eps
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
@@ -146,8 +146,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BNE: Tensor, layer: int, attention: Attention) -> Tensor:
         """Attend by `attention`; [B, N, E]."""
-        q, k, v = self.qkv(x_BNE).chunk(3, dim=-1)
-        q, k, v = (_split_heads(y, self.heads) for y in (self.norm_q(q), self.norm_k(k), v))
+        qkv_BN3E = self.qkv(x_BNE).view(*x_BNE.shape[:-1], 3, -1)
+        # One norm for both; the weights of each after it.
+        q, k = functional.rms_norm(qkv_BN3E[..., :2, :], x_BNE.shape[-1:], eps=self.eps).unbind(2)
+        q, k, v = q * self.norm_q.weight, k * self.norm_k.weight, qkv_BN3E[..., 2, :]
+        q, k, v = (_split_heads(y, self.heads) for y in (q, k, v))
         out: Tensor = self.out(attention.attend(layer, q, k, v).flatten(2))
         return out
 
