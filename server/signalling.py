@@ -148,7 +148,7 @@ class Signalling:
             "id": settings.engine.model,
             "name": model_name(settings.engine),
             "size": f"{width}x{height}",
-            "fps": self._registry.fps,
+            "fps": settings.max_fps,
             "steps": settings.steps,
             "steps_max": self._context.steps_max,
             "styles": self._styles,

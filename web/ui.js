@@ -11,8 +11,8 @@ const READY_POLL_MS = 1_000;
 const SEED_LIMIT = 2 ** 31;
 const HERO_TILES = 8;
 const NOTICE_MS = 8_000;
-// What a person is told in passing; the rest of the server's notices show in the state.
-const NOTICES = ["rate_changed", "engine_lost", "engine_back", "model_fault"];
+// What a person is told in passing; the rest of the server's notices show in the state and over the picture.
+const NOTICES = ["rate_changed", "engine_back", "model_fault"];
 const PHONE = "(max-width: 760px)";
 
 const STATES = {
@@ -218,7 +218,7 @@ export class Ui {
     const [text, tone] = STATES[session.state];
     const chip = $("state");
     setText(chip, this.#stateText(text));
-    chip.dataset.tone = tone;
+    chip.dataset.tone = session.state === "loading" && session.loading?.percent == null ? "bad" : tone;
     const stats = session.stats();
     setText($("verdict-text"), verdict(stats));
     $("verdict").dataset.tone = verdictTone(stats);
