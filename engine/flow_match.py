@@ -101,6 +101,10 @@ class ChunkSchedule:
         """Denoising steps of the chunk; 0: the source is the result."""
         return self.timesteps.shape[0]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it that lies on the device."""
+        return self.mix, self.sigmas, self.timesteps, self.strength
+
     def level(self, step: int) -> Tensor:
         """Share of noise that is mixed into the chunk before a step, []."""
         return self.sigmas[step] if step else self.mix

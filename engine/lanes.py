@@ -1,7 +1,8 @@
 """Where a chunk's work is queued on a GPU: encode, denoise and decode on streams of their own, and copies that overlap.
 
 With one stream each, the decoder works on one chunk while the transformer is at the next. A lane waits for all that
-the lane before it was given, so order within a chunk holds. On a CPU everything runs in place, in order.
+the lane before it was given, so order within a chunk holds. What changes a stream between chunks runs aside of all
+lanes. On a CPU everything runs in place, in order.
 
 Never run on a GPU by us.
 """
@@ -78,6 +79,19 @@ class Lanes:
             done = _event()
             done.record(self._decode)
         return Download(host, done)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work between passes, such as a new prompt: behind all that is queued, before all that comes."""
+        if not self._cuda:
+            yield
+            return
+        lanes, own = (self._encode, self._denoise, self._decode), torch.cuda.current_stream(self.device)
+        for lane in lanes:
+            own.wait_stream(lane)
+        yield
+        for lane in lanes:
+            lane.wait_stream(own)
 
     def encode(self) -> contextlib.AbstractContextManager[None]:
         """Queue on the first lane."""

@@ -111,15 +111,15 @@ class Pipeline:
 
         Raises: MemoryError when every row is leased; ValueError for parameters that the model cannot follow.
         """
-        plan = self.plan(params)
-        state = SessionState(
-            params=params,
-            rows=self.pool.lease(self._rows_per_stream),
-            prompts=PromptState(params.prompts),
-            plan=plan,
-            noise=noise or self._noise(params.seed),
-            history=deque(maxlen=self.pool.window),
-        )
+        with self.lanes.aside():
+            state = SessionState(
+                params=params,
+                plan=self.plan(params),
+                rows=self.pool.lease(self._rows_per_stream),
+                prompts=PromptState(params.prompts),
+                noise=noise or self._noise(params.seed),
+                history=deque(maxlen=self.pool.window),
+            )
         # A state that is dropped gives its rows back too.
         state.lease = weakref.finalize(state, self.pool.release, state.rows)
         return state
@@ -135,10 +135,11 @@ class Pipeline:
 
         Raises: ValueError for parameters that the model cannot follow; the stream then stays as it was.
         """
-        if (params.steps, params.strength) != (state.params.steps, state.params.strength):
-            state.plan = self.plan(params)
-        if params.seed != state.params.seed:
-            state.noise = self._noise(params.seed)
+        with self.lanes.aside():
+            if (params.steps, params.strength) != (state.params.steps, state.params.strength):
+                state.plan = self.plan(params)
+            if params.seed != state.params.seed:
+                state.noise = self._noise(params.seed)
         state.prompts.want(params.prompts, params.transition_chunks)
         state.health.relearn()
         state.params = params
@@ -147,8 +148,9 @@ class Pipeline:
     @torch.inference_mode()
     def reanchor(self, state: SessionState) -> None:
         """Begin the cache anew: the next frames become its sinks. The picture goes on in the VAE's memories."""
-        for row in state.rows:
-            self.pool.clear(row)
+        with self.lanes.aside():
+            for row in state.rows:
+                self.pool.clear(row)
         state.history.clear()
         state.primed = 0
 
@@ -252,7 +254,6 @@ class Pipeline:
             camera=camera,
         )
         self._count(state, count)
-        self.batch.begin(item)
         return item
 
     def denoise(self, items: Sequence[Item]) -> list[Item]:
@@ -260,7 +261,7 @@ class Pipeline:
         finished: list[Item] = []
         alone: list[Item] = []
         together: list[Item] = []
-        with self.lanes.denoise(item.source for item in items):
+        with self.lanes.denoise(tensor for item in items for tensor in (item.source, *item.schedule.tensors())):
             for item in items:
                 flight = item.state.in_flight
                 if item.pipelined:
@@ -269,6 +270,7 @@ class Pipeline:
                 else:
                     finished += self.drain(item.state)
                     alone.append(item)
+                self.batch.begin(item)
             for group in _by_length(together):
                 self.batch.step(group)
             while running := [item for item in alone if not item.done]:
@@ -307,7 +309,7 @@ class Pipeline:
     # --- parts
 
     def _finish(self, item: Item) -> Rendered:
-        with self.lanes.decode(item.clean):
+        with self.lanes.decode(item.clean, item.camera):
             frames_TCHW = self.decode(item)
             figures = self._figures(item, frames_TCHW)
             shown = frames_TCHW.clamp(-1, 1).add_(1).mul_(127.5).round_()
@@ -334,9 +336,11 @@ class Pipeline:
     def advance_prompts(self, state: SessionState) -> None:
         """Go on to the prompts of a stream's next chunk. Raises EngineError when their text cannot be encoded."""
         prompts = state.prompts
-        prompts.advance(self.model.text.request, self._contextualise)
-        if prompts.changed and state.params.recache and prompts.context is not None:
-            self.batch.recache(state, prompts.context)
+        if prompts.moving:
+            with self.lanes.aside():
+                prompts.advance(self.model.text.request, self._contextualise)
+                if prompts.changed and state.params.recache and prompts.context is not None:
+                    self.batch.recache(state, prompts.context)
         if state.pending_revision is not None and not prompts.pending:
             state.revision, state.pending_revision = state.pending_revision, None
 

@@ -74,6 +74,11 @@ class PromptState:
         """Whether wanted prompts have not begun to show, for their text is still being encoded."""
         return self._pending
 
+    @property
+    def moving(self) -> bool:
+        """Whether the next chunk may be rendered with another context than the last."""
+        return self._pending or self._goal is not None
+
     def advance(self, encode: Encode, contextualise: Contextualise) -> None:
         """Go on by one chunk; `context` is then what that chunk is rendered with."""
         self.changed = False
