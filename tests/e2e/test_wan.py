@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -103,3 +104,21 @@ def test_wan_is_loaded_before_ones_eyes_and_then_paints_at_its_own_size_and_rate
     assert mixed["first_chunk"] > ack["first_chunk"] and len(mixed["params"]["blend"]) == 2
     assert figures(page)["server"]["withheld"].keys() <= {"text_pending"}
     assert errors == []
+
+
+def test_a_model_that_does_not_load_is_told_over_the_moving_camera(
+    windows: Callable[[], BrowserContext], model: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = damaged / "transformer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with Server(tmp_path / "server.log", engine="local", options=("--model", str(damaged))) as server:
+        page = windows().new_page()
+        page.set_default_timeout(60_000)
+        page.goto(f"{server.url}/?autostart=1")
+        expect(page.locator("#state")).to_have_text("Model not running")
+        expect(page.locator("#loading-text")).to_contain_text("transformer.safetensors has")
+        before = figures(page)["frames_shown"]
+        wait_for_figures(page, f"s.frames_shown > {before + 8} && s.server.state === 'passthrough'")
+        page.goto("about:blank")
