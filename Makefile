@@ -23,9 +23,10 @@ lint:  ## ruff and mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench:  ## measure this machine: the model by parts, then one page and two in a real Chromium
+bench:  ## measure this machine: the model by parts, the engine's passes, one page and two in a real Chromium
 	@scripts/setup test
 	@echo "== the model"; $(BIN)/python tests/bench/bench_model.py
+	@echo "== the engine's passes: minutes of compiling"; $(BIN)/python tests/bench/bench_engine.py
 	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
 	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
 

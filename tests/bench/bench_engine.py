@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +48,7 @@ from engine.wan.wan_vae import WanVAE
 from engine.wan.weights import Model, load_model
 
 Frames = NDArray[np.uint8]
+Row = dict[str, float | str]
 M = TypeVar("M", bound=nn.Module)
 PROMPT = "watercolour painting"
 # Layers, and frame sizes of 24 and 64 tokens.
@@ -86,23 +88,14 @@ def main() -> int:
     if options.steps:
         print(step_picture(options.steps, options.model))
         return 0
-    result = {
-        "compiled": [] if options.no_compile else [*compiled_passes(options.rounds)],
-        "together": [*streams_together(options.rounds, options.model)],
-    }
+    rows = [] if options.no_compile else [compiled_passes(options.rounds)]
+    found = []
+    for row in chain(*rows, streams_together(options.rounds, options.model)):
+        found.append(row)
+        if not options.json:
+            print(row.pop("what"), ", ".join(f"{key} {value}" for key, value in row.items()), sep=": ", flush=True)
     if options.json:
-        print(json.dumps(result, indent=1))
-        return 0
-    for row in result["compiled"]:
-        print(
-            f"a chunk at 2 steps, {row['mode']}, {row['layers']} blocks, {row['tokens']} tokens: plain"
-            f" {row['plain_ms']:7.2f} ms, compiled {row['compiled_ms']:7.2f} ms CPU: {row['ratio']:.2f} times as fast"
-        )
-    for row in result["together"]:
-        print(
-            f"{row['streams']} streams, {row['model']}, {row['tokens']} tokens: one after another"
-            f" {row['alone_ms']:7.2f} ms, together {row['together_ms']:7.2f} ms CPU: {row['ratio']:.2f} times as fast"
-        )
+        print(json.dumps(found, indent=1))
     return 0
 
 
@@ -166,7 +159,7 @@ class Passes:
         return time.process_time() - began
 
 
-def compiled_passes(rounds: int) -> Iterator[dict[str, float | str]]:
+def compiled_passes(rounds: int) -> Iterator[Row]:
     """Wan-like transformers at two steps, plain and compiled."""
     for layers in WAN_LIKE_LAYERS:
         config = TransformerConfig(dim=256, ffn_dim=1024, heads=2, layers=layers, text_dim=64, text_len=32)
@@ -179,17 +172,11 @@ def compiled_passes(rounds: int) -> Iterator[dict[str, float | str]]:
                     for compiled in (False, True)
                 )
                 slow_ms, fast_ms = alternate(rounds, plain.together_s, compiled.together_s)
-                yield {
-                    "layers": layers,
-                    "tokens": plain.pipeline.pool.tokens,
-                    "mode": mode,
-                    "plain_ms": round(slow_ms, 2),
-                    "compiled_ms": round(fast_ms, 2),
-                    "ratio": round(slow_ms / fast_ms, 2),
-                }
+                what = f"a chunk at 2 steps, {mode}, {layers} blocks, {plain.pipeline.pool.tokens} tokens"
+                yield _row(what, "plain_ms", slow_ms, "compiled_ms", fast_ms)
 
 
-def streams_together(rounds: int, embedded: Path) -> Iterator[dict[str, float | str]]:
+def streams_together(rounds: int, embedded: Path) -> Iterator[Row]:
     """Four streams in common passes against one after another, one step a chunk."""
     small = TransformerConfig(dim=256, ffn_dim=1024, heads=2, layers=8, text_dim=64, text_len=32)
     cases = [("Wan-like", untrained_wan_model(small), size) for size in WAN_LIKE_SIZES]
@@ -197,14 +184,12 @@ def streams_together(rounds: int, embedded: Path) -> Iterator[dict[str, float | 
     for name, model, size in cases:
         passes = Passes.of(model, size, mode="sequential", steps=1, count=STREAMS, compiled=False)
         alone_ms, together_ms = alternate(rounds, passes.alone_s, passes.together_s)
-        yield {
-            "model": name,
-            "tokens": passes.pipeline.pool.tokens,
-            "streams": STREAMS,
-            "alone_ms": round(alone_ms, 2),
-            "together_ms": round(together_ms, 2),
-            "ratio": round(alone_ms / together_ms, 2),
-        }
+        what = f"{STREAMS} streams at 1 step, {name}, {passes.pipeline.pool.tokens} tokens"
+        yield _row(what, "one_by_one_ms", alone_ms, "together_ms", together_ms)
+
+
+def _row(what: str, slow: str, slow_ms: float, fast: str, fast_ms: float) -> Row:
+    return {"what": what, slow: round(slow_ms, 2), fast: round(fast_ms, 2), "ratio": round(slow_ms / fast_ms, 2)}
 
 
 def alternate(rounds: int, first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
