@@ -21,9 +21,10 @@ FROZEN_CHUNKS = 2
 RESET_FAULTS = 3
 LEARN_CHUNKS = 12
 BAND_SIGMAS = 6.0
-# Floors of the band, for a scene that was still while it was learned.
-BAND_FLOORS = (0.06, 0.06, 0.06, 0.05, 0.05, 0.05, 0.04, 0.5)
-INPUT_FLOOR = 0.08
+# Floors of the band, for a scene that was still while it was learned; the camera's is the narrower one, so that a new
+# scene is taken for what it is.
+BAND_FLOORS = (0.10, 0.10, 0.10, 0.08, 0.08, 0.08, 0.06, 0.5)
+INPUT_FLOOR = 0.03
 DRIFT_CHUNKS = 12
 
 
