@@ -79,7 +79,7 @@ class StreamBatch:
         timestep_B = stacked([item.schedule.timesteps[item.step] for item in items])
         clean, noisy = self._run(
             [item.clean for item in items],
-            [item.state.noise.draw(item.chunk, item.step, item.source.shape[1]) for item in items],
+            [item.noise.draw(item.chunk, item.step, item.source.shape[1]) for item in items],
             stacked([item.schedule.level(item.step) for item in items]),
             [item.source for item in items],
             timestep_B,

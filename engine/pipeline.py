@@ -249,6 +249,7 @@ class Pipeline:
             clean=source,
             schedule=schedule,
             prompt=context,
+            noise=state.noise,
             rows=rows,
             pipelined=together,
             camera=camera,

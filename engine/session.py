@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,15 +40,17 @@ class FixedNoise:
 
 
 class FreshNoise:
-    """A new sample for every chunk and step, in the order in which they are asked for."""
+    """A new sample for every chunk and step, the same in whatever order they are asked for."""
 
     def __init__(self, seed: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self._random = torch.Generator().manual_seed(seed)
+        self._seed, self._random = seed, torch.Generator()
         self._shape, self._device, self._dtype = shape, device, dtype
 
     def draw(self, chunk: int, step: int, frames: int) -> Tensor:
         """See `NoiseSource.draw`."""
-        sample = torch.randn((1, frames, *self._shape), generator=self._random)
+        # Mixed, because the generator starts from 32 bits.
+        (mixed,) = np.random.SeedSequence((self._seed, chunk, step)).generate_state(1)
+        sample = torch.randn((1, frames, *self._shape), generator=self._random.manual_seed(int(mixed)))
         return sample.to(self._device, self._dtype, non_blocking=True)
 
 
@@ -68,6 +71,7 @@ class Item:
     clean: Tensor
     schedule: ChunkSchedule
     prompt: PromptContext
+    noise: NoiseSource
     rows: list[CacheRow]
     pipelined: bool
     camera: Tensor
