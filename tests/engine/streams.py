@@ -102,7 +102,7 @@ def item_of(pipeline: Pipeline, state: SessionState, source: Tensor, chunk: int 
     rows = state.rows[:1] * schedule.steps
     prompt = state.prompts.context
     figures = torch.zeros(2)
-    return Item(state, chunk, 4, 0, source, source, schedule, prompt, rows, False, figures)
+    return Item(state, chunk, 4, 0, source, source, schedule, prompt, state.noise, rows, False, figures)
 
 
 def all_steps(pipeline: Pipeline, item: Item) -> Tensor:

@@ -324,7 +324,7 @@ def test_until_the_limit_a_refreshed_stream_equals_an_absolute_one_and_never_pas
         if index >= 6:
             assert held(refreshed, row)[:3] == [0, 1, 2]
             assert rolling == list(range(rolling[0], rolling[0] + 3))
-            assert slots.item() == now[rolling[-1]]
+            assert int(slots) == now[rolling[-1]]
     assert max(now) < 20
 
 
@@ -338,7 +338,7 @@ def test_at_the_limit_kept_frames_move_with_the_index() -> None:
     slots = pool.advance([row], 1)
     # 7 was overwritten; 8, 9 and the new one are a full window's last three.
     assert [held(pool, row)[before.index(frame)] for frame in (0, 1, 2, 8, 9)] == [0, 1, 2, 3, 4]
-    assert (held(pool, row)[slots.item()], int(pool.next[row.index])) == (5, 6)
+    assert (held(pool, row)[int(slots)], int(pool.next[row.index])) == (5, 6)
 
 
 def test_a_refresh_leaves_the_result_of_a_stream_without_sinks_as_it_is() -> None:
