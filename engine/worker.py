@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP_CHUNKS = 5
 WARM_UP_PROMPT = "watercolor painting"
+TEXT_POLL_S = 0.5
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -155,8 +156,10 @@ class Worker:
             progress=lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what),
         )
         self._pipeline = make_pipeline(model, settings)
-        self._tell(EngineState.WARMING, 50, "text encoder")
-        model.text.encode(WARM_UP_PROMPT)
+        while model.text.request(WARM_UP_PROMPT) is None:
+            # Its gigabytes may take minutes, in a process of its own; a rank that says nothing is taken for dead.
+            self._tell(EngineState.WARMING, 50, "loading the text encoder")
+            time.sleep(TEXT_POLL_S)
         params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
         state = self._pipeline.open(params)
         # Past the filling of the window: from then on every chunk costs the same.

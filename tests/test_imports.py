@@ -13,6 +13,9 @@ import pytest
         ("engine.worker", ("aiohttp", "aiortc", "av", "server")),
         ("engine.fake", ("torch",)),
         ("engine.client", ("torch",)),
+        ("engine.choose", ("torch",)),
+        ("engine.memory", ("torch",)),
+        ("server.configure", ("torch", "aiortc")),
     ],
 )
 def test_entry_point_never_loads(entry: str, forbidden: tuple[str, ...]) -> None:
