@@ -84,6 +84,7 @@ class KVPool:
         space = rope_rotation(config.head_dim, 1, *grid, device=device)
         self._space = Rotation(space.cos[:, time_pairs:], space.sin[:, time_pairs:])
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
+        self._views: dict[tuple[int, int], tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]] = {}
 
     # --- leases
 
@@ -234,25 +235,26 @@ class KVPool:
         key = self._rotation(place[:, :valid])
         first = rows[0].index
         together = [row.index for row in rows] == list(range(first, first + len(rows)))
-        keys, values = self.keys, self.values
-        if together:
-            keys = tuple(x.narrow(0, first, len(rows)) for x in keys)
-            values = tuple(x.narrow(0, first, len(rows)) for x in values)
-            base = torch.arange(len(rows), device=index.device)
-        else:
-            base = index
+        keys, values, base = self._neighbours(first, len(rows)) if together else (self.keys, self.values, index)
         return CacheView(
             attention=self.attend,
             keys=keys,
             values=values,
             rows=None if together else index,
-            slots=(base[:, None] * self.window + slots).flatten(),
+            slots=torch.add(slots, base[:, None], alpha=self.window).flatten(),
             query=self._chunk_rotation(key, slots),
             key=key,
             frames=frames,
             valid=valid,
             lengths=self._lengths(held, mask, frames * self.tokens, valid * self.tokens),
         )
+
+    def _neighbours(self, first: int, count: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Rows that lie side by side: keys and values of each layer, as views, and the rows' places in them."""
+        if (first, count) not in self._views:
+            keys, values = (tuple(x.narrow(0, first, count) for x in xs) for xs in (self.keys, self.values))
+            self._views[first, count] = keys, values, torch.arange(count, device=self.held.device)
+        return self._views[first, count]
 
     def _chunk_rotation(self, key: Rotation, slots: Tensor) -> Rotation:
         """The current chunk's part of the tables of all slots."""
