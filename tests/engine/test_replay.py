@@ -55,7 +55,7 @@ def test_replay_is_the_oracle(tmp_path: Path, mode: OracleMode, steps: int) -> N
     assert largest_error(replayed(folder, mode).results, run_bundle(folder, mode)) < 1e-5
 
 
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("mode", ["batch", "slipping"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -76,7 +76,7 @@ def test_other_shapes_and_settings_are_the_oracle_too(tmp_path: Path, mode: Orac
         assert min(first for _, first in replay.schedule) < 530
 
 
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("mode", ["batch", "slipping"])
 def test_bfloat16_is_the_oracle_within_its_rounding(tmp_path: Path, mode: OracleMode) -> None:
     spec = dataclasses.replace(SMALL, dtype="bfloat16", vae_dim=8, chunks=6)
     folder = make_bundle(tmp_path / "bundle", spec, seed=5)
@@ -171,7 +171,7 @@ def without_heads(folder: Path) -> None:
         (changed_spec(dtype="int4"), "dtype 'int4' must be one of float32"),
         (changed_spec(steps=[0]), "must be 1 to 4 timesteps"),
         (changed_spec(steps=[900, 800, 700, 600, 500]), "must be 1 to 4 timesteps"),
-        (changed_spec(dim=68), r"dit\.safetensors"),
+        (changed_spec(dim=68), r"patch_embedding\.weight is \(64, 16"),
         (changed_spec(vae_dim=6), r"vae\.safetensors"),
         (lambda folder: (folder / "vae.safetensors").unlink(), r"cannot read .*vae\.safetensors"),
         (lambda folder: (folder / "dit.safetensors").write_bytes(b"none"), r"dit\.safetensors is no safetensors"),
