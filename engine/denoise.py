@@ -8,6 +8,7 @@ Axes in names: B rows, T latent frames, C channels, H and W rows and columns.
 Source: StreamDiffusionV2, arXiv:2511.07399, section 4.2; steps and streams in one batch are ours.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from engine.session import Item, PassInput, SessionState
 from engine.wan.transformer import CausalTransformer, PromptContext
 
 Pass = Callable[..., tuple[Tensor, Tensor]]
+# Rows, latent frames, frames read, whether all rows are full, whether they lie side by side.
+PassShape = tuple[int, int, int, bool, bool]
+MAX_COMPILED = 32
 
 
 def predict_clean(
@@ -46,15 +50,45 @@ def predict_clean(
 class StreamBatch:
     """The transformer and its cache as passes over items."""
 
-    def __init__(self, transformer: CausalTransformer, pool: KVPool, *, compile_pass: bool = False) -> None:
+    def __init__(
+        self, transformer: CausalTransformer, pool: KVPool, *, compile_pass: bool = False, compile_at: int = 1
+    ) -> None:
+        """Put a transformer and a pool together.
+
+        Args:
+            compile_pass: run passes through torch.compile, once for each shape of pass.
+            compile_at: at which pass of a shape; earlier ones run as they are. Shapes that only occur while a stream
+                fills up or runs dry then cost no compilation.
+        """
         self.transformer, self.pool = transformer, pool
         self._conditioned = transformer.config.condition_channels > 0
-        self._pass: Pass = self._one_pass
+        self._compiled: Pass | None = None
+        self._compile_at = compile_at
+        self._uses: Counter[PassShape] = Counter()
+        self._ready: set[PassShape] = set()
+        self._sealed = False
         if compile_pass:
-            self._pass = torch.compile(
+            from torch import _dynamo as dynamo  # a second to load, and of no use else
+
+            dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_COMPILED)
+            self._compiled = torch.compile(
                 self._one_pass, fullgraph=True, dynamic=False, options={"guard_filter_fn": _keep_guard}
             )
         self._joined: tuple[tuple[PromptContext, ...], PromptContext] | None = None
+
+    def seal(self) -> None:
+        """Compile no more: a shape not met so far runs as it is, rather than hold up a stream for a minute."""
+        self._sealed = True
+
+    def _pass(self, shape: PassShape) -> Pass:
+        """The compiled pass where this shape has one or is due for one."""
+        if self._compiled is None:
+            return self._one_pass
+        self._uses[shape] += 1
+        due = not self._sealed and self._uses[shape] >= self._compile_at and len(self._ready) < MAX_COMPILED
+        if due:
+            self._ready.add(shape)
+        return self._compiled if shape in self._ready else self._one_pass
 
     def begin(self, item: Item) -> None:
         """Decide once, for all layers and steps, whether a new chunk of one latent frame takes a sink's place."""
@@ -148,7 +182,8 @@ class StreamBatch:
             parts[0] if len(parts) == 1 else torch.cat(tuple(parts)) for parts in (clean, noise, source)
         )
         prompt = self._join(prompts)
-        return self._pass(
+        shape = (*clean_BTCHW.shape[:2], view.valid, view.lengths.mask is None, view.rows is None)
+        return self._pass(shape)(
             clean_BTCHW, noise_BTCHW, level_B, source_BTCHW, timestep_B, sigma_B, strength_B, prompt, view
         )
 

@@ -175,6 +175,7 @@ class Worker:
                     self._pipeline.lanes.download(rendered.frames).wait()
             costs.append(time.monotonic() - started)
         self._pipeline.close(state)
+        self._pipeline.batch.seal()
         self._cost = ChunkCost(statistics.median(costs[-WARM_UP_CHUNKS:]))
         self._connection.send(
             Status(
