@@ -195,7 +195,12 @@ class StreamBatch:
             or len(self._joined[0]) != len(wanted)
             or any(a is not b for a, b in zip(self._joined[0], wanted, strict=True))
         ):
-            self._joined = wanted, PromptContext.joined(wanted)
+            prompt = PromptContext.joined(wanted)
+            if self._compiled is not None:
+                # One layout, whether or not the rows share a prompt: else a new prompt would compile the pass anew.
+                keys, values = (tuple(x.contiguous() for x in parts) for parts in (prompt.keys, prompt.values))
+                prompt = PromptContext(keys, values, None if prompt.pooled is None else prompt.pooled.contiguous())
+            self._joined = wanted, prompt
         return self._joined[1]
 
     def _one_pass(
