@@ -56,11 +56,13 @@ class PoolingVAE(WanVAE):
 
 
 @cache
-def pooled_model(transformer: TransformerConfig = FLOW, *, device: str = "cpu") -> Model:
+def pooled_model(
+    transformer: TransformerConfig = FLOW, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Model:
     """A random transformer with Wan's sampling, behind the cheapest of autoencoders."""
     vae = PoolingVAE()
-    model = untrained_wan_model(transformer, vae.config, device=device)
-    return replace(model, vae=vae.to(device).eval().requires_grad_(False))
+    model = untrained_wan_model(transformer, vae.config, device=device, dtype=dtype)
+    return replace(model, vae=vae.to(device, dtype).eval().requires_grad_(False))
 
 
 def camera(frames: int, seed: int = 0, *, width: int = 32, height: int = 48) -> Frames:
