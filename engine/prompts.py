@@ -62,6 +62,8 @@ class PromptState:
     _goal: Embedding | None = None
     _pending: bool = field(default=True)
     _done: int = 0
+    # Of the transition under way: what is wanted next has its own pace.
+    _chunks: int = 0
 
     def want(self, prompts: tuple[WeightedPrompt, ...], transition_chunks: int) -> None:
         """New prompts, taken up at the next chunk border and reached after so many chunks more."""
@@ -86,11 +88,12 @@ class PromptState:
             goal = embed(self.wanted, encode)
             if goal is not None:
                 self._origin, self._goal, self._done, self._pending = self._now, goal, 0, False
+                self._chunks = self.transition_chunks
         if self._goal is None:
             return
         self._done += 1
-        if self._origin is None or self._done > self.transition_chunks:
+        if self._origin is None or self._done > self._chunks:
             self._now, self._goal, self.changed = self._goal, None, self._origin is not None
         else:
-            self._now = self._origin.towards(self._goal, self._done / (self.transition_chunks + 1))
+            self._now = self._origin.towards(self._goal, self._done / (self._chunks + 1))
         self.context = contextualise(self._now.states, self._now.mean)
