@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def test_the_published_shift_gives_the_published_levels() -> None:
     torch.testing.assert_close(listed, expected[[2, 4, 5, 7]], atol=5e-6, rtol=0)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1000), st.floats(0.5, 12))
 def test_a_timestep_takes_the_nearest_entry(timestep: float, shift: float) -> None:
     table = sigma_table(shift)
@@ -82,6 +83,7 @@ def test_one_noise_frame_serves_a_whole_chunk() -> None:
     assert (noisy == 0.5).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.floats(0, 1, exclude_min=True), st.floats(0.5, 8))
 def test_levels_start_at_the_strength_and_fall(steps: int, strength: float, shift: float) -> None:
     sigmas = sampling_sigmas(steps, strength, shift)
@@ -159,6 +161,7 @@ def test_a_level_in_float32_would_miss_the_published_timestep() -> None:
     assert plan.at_level(plan.level * 0.9 + plan.level * 0.1).timesteps.item() == 700
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.floats(0.001, 1), st.floats(0, 1))
 def test_the_guard_keeps_the_steps_falling_and_above_zero(steps: int, strength: float, level: float) -> None:
     plan = sampling_plan(steps, strength, WAN_SAMPLING, "cpu")
