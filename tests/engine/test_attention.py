@@ -97,7 +97,7 @@ def test_a_pool_gives_flex_the_mask_that_it_gives_sdpa() -> None:
 def test_whole_streams_are_the_same_under_flex() -> None:
     shown = []
     for attention in ("sdpa", "flex"):
-        pipeline = Pipeline(pooled_model(), 32, 32, attention=attention)  # type: ignore[arg-type]
+        pipeline = Pipeline(pooled_model(), 32, 32, attention=attention)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = opened(pipeline, steps=2)

@@ -70,15 +70,15 @@ def test_levels_and_timesteps_are_the_public_recurrence(moving: list[list[float]
 
 def test_a_still_scene_stays_at_700_and_never_falls_to_699() -> None:
     still_scene = [[0.5] * 4] * 200
-    assert controlled(still_scene) == public(still_scene) == [(pytest.approx(0.8), 700)] * 199
+    assert controlled(still_scene) == public(still_scene)
+    assert {first for _, first in controlled(still_scene)} == {700}
 
 
 def test_full_motion_gives_the_published_figures() -> None:
     rushing = [[0.0] * 4, *[[1.0, -1.0, 1.0, -1.0]] * 30]
     levels = controlled(rushing)
-    assert levels[0] == (pytest.approx(0.71), 610)
-    assert levels[1] == (pytest.approx(0.701), 601)
-    assert levels[-1] == (pytest.approx(0.7, abs=1e-12), 600)
+    assert [levels[0][0], levels[1][0], levels[-1][0]] == pytest.approx([0.71, 0.701, 0.7])
+    assert [levels[0][1], levels[1][1], levels[-1][1]] == [610, 601, 600]
     assert [level for level, _ in levels] == sorted((level for level, _ in levels), reverse=True)
 
 

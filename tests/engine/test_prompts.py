@@ -41,7 +41,7 @@ def value_of(state: PromptState) -> float:
     """The one number that a context of these tests is full of."""
     assert state.context is not None
     assert state.context.pooled is not None
-    (value,) = state.context.keys[0].unique().tolist()
+    (value,) = set(state.context.keys[0].flatten().tolist())
     assert state.context.pooled.tolist() == pytest.approx([value / 2] * WIDTH)
     return float(value)
 
