@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.scheduler import MAX_WAITING, Item, Scheduler
@@ -47,6 +47,7 @@ def test_a_chunk_of_a_closed_stream_is_dropped() -> None:
     assert [drop.reason for drop in scheduler.push(item(0, 1, 1.0))] == ["stream_closed"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -84,3 +85,76 @@ def test_every_chunk_is_rendered_or_dropped_exactly_once_and_in_order(steps: lis
     for stream in range(4):
         chunks = [i.chunk for i in rendered if i.stream == stream]
         assert chunks == sorted(chunks)
+
+
+# --- several streams in one pass
+
+
+def waiting(*deadlines: float) -> Scheduler:
+    """Stream n with one chunk due at the n-th deadline."""
+    scheduler = Scheduler()
+    for stream, deadline in enumerate(deadlines):
+        scheduler.open(stream)
+        scheduler.push(item(stream, stream, deadline))
+    return scheduler
+
+
+def test_a_pass_takes_the_earliest_of_each_stream_up_to_its_limit() -> None:
+    scheduler = waiting(9.0, 7.0, 8.0)
+    scheduler.push(item(1, 3, 7.5))  # the second of a stream waits for the next pass
+    first, _ = scheduler.pick_batch(0.0, 0.1, 2)
+    assert [(each.stream, each.deadline) for each in first] == [(1, 7.0), (2, 8.0)]
+    second, _ = scheduler.pick_batch(0.0, 0.1, 4)
+    assert [(each.stream, each.deadline) for each in second] == [(1, 7.5), (0, 9.0)]
+    assert scheduler.pick_batch(0.0, 0.1, 4) == ([], [])
+
+
+def test_chunks_join_only_while_the_first_would_still_be_in_time() -> None:
+    # Three at 0.3 s each end at 0.9; the fourth would make the first one late.
+    batch, drops = waiting(1.0, 1.1, 1.2, 1.3).pick_batch(0.0, 0.3, 4)
+    assert [each.stream for each in batch] == [0, 1, 2]
+    assert not drops
+    assert [each.stream for each in waiting(0.1, 5.0).pick_batch(0.0, 0.3, 4)[0]] == [0]
+
+
+def test_equal_deadlines_go_by_stream_so_that_a_pass_is_the_same_every_time() -> None:
+    assert [each.stream for each in waiting(5.0, 5.0, 5.0).pick_batch(0.0, 0.1, 2)[0]] == [0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 10), max_size=3), min_size=1, max_size=5),
+    st.floats(0, 10),
+    st.floats(0.01, 3),
+    st.integers(1, 5),
+)
+def test_passes_take_every_chunk_once_in_order_and_never_make_the_first_late(
+    deadlines: list[list[float]], now: float, cost_s: float, limit: int
+) -> None:
+    scheduler = Scheduler()
+    pushed: list[Item] = []
+    ended: list[Item] = []
+    for stream, each in enumerate(deadlines):
+        scheduler.open(stream)
+        for deadline in sorted(each):
+            pushed.append(item(stream, len(pushed), deadline))
+            ended += [drop.item for drop in scheduler.push(pushed[-1])]
+    taken: list[Item] = []
+    while True:
+        batch, drops = scheduler.pick_batch(now, cost_s, limit)
+        ended += [drop.item for drop in drops]
+        assert all(drop.reason == "late" and drop.item.deadline < now + cost_s for drop in drops)
+        if not batch:
+            break
+        assert len(batch) <= limit
+        assert len({each.stream for each in batch}) == len(batch)
+        assert [each.deadline for each in batch] == sorted(each.deadline for each in batch)
+        assert len(batch) == 1 or now + len(batch) * cost_s <= batch[0].deadline
+        taken += batch
+    ended += taken
+    assert sorted(each.chunk for each in ended) == [each.chunk for each in pushed]
+    for stream in range(len(deadlines)):
+        chunks = [each.chunk for each in taken if each.stream == stream]
+        assert chunks == sorted(chunks)
+        # Work conserving: a stream that had something showed something.
+        assert bool(chunks) == bool(deadlines[stream])
