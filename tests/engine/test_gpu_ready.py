@@ -5,19 +5,22 @@ graph for a pass, and none made anew in the steady state. G3 no read to the host
 at constant addresses, none of it growing. G5 no result that depends on what a buffer held before.
 """
 
+import contextlib
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.api import StreamParams, WeightedPrompt
 from engine.config import CacheConfig, MotionConfig, SamplingConfig
+from engine.lanes import Lanes
 from engine.pipeline import Mode, Pipeline
 from engine.session import SessionState
 from engine.wan.presets import TransformerConfig
@@ -298,6 +301,89 @@ def test_the_pools_memory_stays_where_it_is_and_nothing_grows(mode: Mode, cache:
     assert tensors() == count
     kept = [torch.zeros(1)]
     assert tensors() == count + len(kept)
+
+
+# --- lanes
+
+
+class TracedLanes(Lanes):
+    """Says which lane work is queued on, without a GPU."""
+
+    current = "none"
+
+    @contextlib.contextmanager
+    def _queued(self, lane: str) -> Iterator[None]:
+        outer, self.current = self.current, lane
+        yield
+        self.current = outer
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        with self._queued("aside"):
+            yield
+
+    def encode(self) -> contextlib.AbstractContextManager[None]:
+        return self._queued("encode")
+
+    def denoise(self, inputs: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+        return self._queued("denoise")
+
+    def decode(self, *inputs: Tensor) -> contextlib.AbstractContextManager[None]:
+        return self._queued("decode")
+
+
+class TouchedOn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the lanes on which any of some tensors is read or written."""
+
+    def __init__(self, tensors: Iterable[Tensor], lanes: TracedLanes) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._lanes = lanes
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given_ = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+        if any(x.untyped_storage().data_ptr() in self._storages for x in given_):
+            self.seen.add(self._lanes.current)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_cache_is_touched_on_the_denoise_lane_and_between_passes_alone(mode: Mode, cache: str) -> None:
+    """On a GPU lanes run side by side: what two of them touch is a race."""
+    pipeline = pooled(mode, cache=cache)
+    lanes = pipeline.lanes = TracedLanes(torch.device("cpu"))
+    pool = pipeline.pool
+    touched = TouchedOn((*pool.keys, *pool.values, pool.held, pool.next, pool.sink_looks), lanes)
+    with touched:
+        state = pipeline.open(StreamParams(prompt="neon", steps=2))
+        warm(pipeline, state)
+        pipeline.set_params(state, StreamParams(prompt="ink", steps=3, recache=True))
+        warm(pipeline, state, chunks=3)
+        pipeline.reanchor(state)
+        warm(pipeline, state, chunks=3)
+        pipeline.reset(state)
+        warm(pipeline, state, chunks=2)
+    assert touched.seen == {"denoise", "aside"}
+
+
+def test_prompts_are_made_between_passes_and_read_on_the_denoise_lane() -> None:
+    pipeline = pooled("sequential")
+    lanes = pipeline.lanes = TracedLanes(torch.device("cpu"))
+    state = opened(pipeline)
+    context = state.prompts.context
+    assert context is not None
+    read = TouchedOn((*context.keys, *context.values), lanes)
+    with read:
+        warm(pipeline, state, chunks=3)
+    assert read.seen == {"denoise"}
+    block = pipeline.model.transformer.blocks[0]
+    made = TouchedOn([block.get_parameter("cross_attn.kv.weight")], lanes)
+    with made:
+        pipeline.set_params(state, StreamParams(prompt="ink"))
+        warm(pipeline, state, chunks=3)
+    assert made.seen == {"aside"}
 
 
 # --- G5

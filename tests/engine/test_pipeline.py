@@ -258,6 +258,19 @@ def test_steps_and_strength_changed_live_lose_and_reorder_no_chunk(mode: Mode, w
     assert {row.index for row in state.rows} | set(pipeline.pool._free) == set(range(len(pipeline.pool.held)))
 
 
+def test_a_drained_stream_goes_on_from_what_its_last_step_left() -> None:
+    pipeline = wan("batch")
+    state = opened(pipeline, steps=3)
+    play(pipeline, state, [camera(4 if c else 5, c) for c in range(9)])
+    first, last = (state.rows[place].index for place in (0, 2))
+    assert not torch.equal(pipeline.pool.keys[-1][first], pipeline.pool.keys[-1][last])
+    with torch.inference_mode():
+        assert [item.chunk for item in pipeline.drain(state)] == [7, 8]
+    for store in (*pipeline.pool.keys, *pipeline.pool.values, pipeline.pool.held):
+        assert torch.equal(store[first], store[last])
+    assert state.rows[0].seen == 10
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_after_fewer_steps_the_stream_goes_on_from_its_last_steps_cache(mode: Mode) -> None:
     pipeline = wan(mode)
