@@ -449,6 +449,7 @@ def test_a_reset_stream_renders_as_a_fresh_one_and_says_what_it_lost(mode: Mode)
     lost = pipeline.reset(state)
     assert lost == ([5, 6] if mode == "batch" else [])
     assert not state.in_flight
+    assert not (state.encoder.memory or state.decoder.memory or state.history)
     # Fresh noise goes on with the chunks.
     fresh = pipeline.open(state.params)
     fresh.chunks = 7
@@ -467,6 +468,7 @@ def test_a_reanchored_stream_loses_no_chunk_and_makes_the_next_frames_its_sinks(
         if chunk == 7:
             pipeline.reanchor(state)
             assert not pipeline.pool.keys[0][state.rows[0].index].any()
+            assert not state.history
         done += [each.chunk for each in tick(pipeline, state, camera(4 if chunk else 5, chunk))]
     with torch.inference_mode():
         done += [item.chunk for item in pipeline.drain(state)]
