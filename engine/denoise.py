@@ -8,7 +8,6 @@ Axes in names: B rows, T latent frames, C channels, H and W rows and columns.
 Source: StreamDiffusionV2, arXiv:2511.07399, section 4.2; steps and streams in one batch are ours.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,8 @@ from engine.session import Item, PassInput, SessionState
 from engine.wan.transformer import CausalTransformer, PromptContext
 
 Pass = Callable[..., tuple[Tensor, Tensor]]
-# Rows, latent frames, frames read, whether all rows are full, whether they lie side by side.
-PassShape = tuple[int, int, int, bool, bool]
+# Rows, latent frames, and whether the rows lie side by side.
+PassShape = tuple[int, int, bool]
 MAX_COMPILED = 32
 
 
@@ -50,21 +49,16 @@ def predict_clean(
 class StreamBatch:
     """The transformer and its cache as passes over items."""
 
-    def __init__(
-        self, transformer: CausalTransformer, pool: KVPool, *, compile_pass: bool = False, compile_at: int = 1
-    ) -> None:
+    def __init__(self, transformer: CausalTransformer, pool: KVPool, *, compile_pass: bool = False) -> None:
         """Put a transformer and a pool together.
 
         Args:
-            compile_pass: run passes through torch.compile, once for each shape of pass.
-            compile_at: at which pass of a shape; earlier ones run as they are. Shapes that only occur while a stream
-                fills up or runs dry then cost no compilation.
+            compile_pass: run passes over full windows through torch.compile, once for each number of rows. Those of a
+                stream's first chunks run as they are: their shapes come once and would take a minute each.
         """
         self.transformer, self.pool = transformer, pool
         self._conditioned = transformer.config.condition_channels > 0
         self._compiled: Pass | None = None
-        self._compile_at = compile_at
-        self._uses: Counter[PassShape] = Counter()
         self._ready: set[PassShape] = set()
         self._sealed = False
         if compile_pass:
@@ -80,13 +74,13 @@ class StreamBatch:
         """Compile no more: a shape not met so far runs as it is, rather than hold up a stream for a minute."""
         self._sealed = True
 
-    def _pass(self, shape: PassShape) -> Pass:
-        """The compiled pass where this shape has one or is due for one."""
-        if self._compiled is None:
+    def _pass(self, frames: int, view: CacheView) -> Pass:
+        """The compiled pass, where the view is of the steady state and its shape has one or may have one."""
+        steady = view.valid == self.pool.window and view.lengths.mask is None
+        if self._compiled is None or not steady:
             return self._one_pass
-        self._uses[shape] += 1
-        due = not self._sealed and self._uses[shape] >= self._compile_at and len(self._ready) < MAX_COMPILED
-        if due:
+        shape = (view.query.cos.shape[0], frames, view.rows is None)
+        if not self._sealed and len(self._ready) < MAX_COMPILED:
             self._ready.add(shape)
         return self._compiled if shape in self._ready else self._one_pass
 
@@ -182,8 +176,7 @@ class StreamBatch:
             parts[0] if len(parts) == 1 else torch.cat(tuple(parts)) for parts in (clean, noise, source)
         )
         prompt = self._join(prompts)
-        shape = (*clean_BTCHW.shape[:2], view.valid, view.lengths.mask is None, view.rows is None)
-        return self._pass(shape)(
+        return self._pass(clean_BTCHW.shape[1], view)(
             clean_BTCHW, noise_BTCHW, level_B, source_BTCHW, timestep_B, sigma_B, strength_B, prompt, view
         )
 

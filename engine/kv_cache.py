@@ -52,20 +52,17 @@ class KVPool:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         attend: Attend = sdpa_attention,
-        static: bool = False,
     ) -> None:
         """Allocate all memory that `rows` rows will need.
 
         Args:
             grid: token rows and columns of a latent frame.
-            static: show a pass the whole window from the first chunk on, the empty part masked, so that its shapes
-                never change: for compiled passes and graphs.
 
         Raises: ValueError, if positions would be refreshed before the window is full.
         """
         self.window, self.sinks, self.tokens = config.window_frames, config.sink_frames, grid[0] * grid[1]
         self.cache = cache or CacheConfig()
-        self.attend, self.static = attend, static
+        self.attend = attend
         if self.cache.positions == "refresh" and self.cache.refresh_at <= self.window:
             raise ValueError(f"refresh_at {self.cache.refresh_at} must be above window_frames {self.window}")
         shape = (rows, self.window, self.tokens, config.heads, config.head_dim)
@@ -228,7 +225,7 @@ class KVPool:
         held = self.held[index]
         frames = slots.shape[1]
         place = self._places(held, slots)
-        valid = self.window if self.static else min(self.window, max(row.seen for row in rows))
+        valid = min(self.window, max(row.seen for row in rows))
         mask = None
         if any(min(row.seen, self.window) != valid for row in rows):
             mask = (held[:, :valid] >= 0).repeat_interleave(self.tokens, dim=1)[:, None, None]

@@ -63,7 +63,6 @@ class Pipeline:
         mode: Mode = "sequential",
         attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto",
         compile_pass: bool = False,
-        compile_at: int = 1,
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         pool_type: type[KVPool] = KVPool,
@@ -73,7 +72,7 @@ class Pipeline:
         Args:
             streams: sessions to allocate cache for.
             mode: whether a chunk takes its steps one after another, or together with those of the chunks before it.
-            compile_pass, compile_at: see `engine.denoise.StreamBatch`.
+            compile_pass: see `engine.denoise.StreamBatch`.
             sampling, cache: in place of what the model's configuration says.
             pool_type: for comparisons with other caches.
 
@@ -99,10 +98,9 @@ class Pipeline:
             device=model.device,
             dtype=model.dtype,
             attend=attention_for(attention, model.device, model.dtype),
-            static=compile_pass,
         )
         self.pool = pool
-        self.batch = StreamBatch(model.transformer, pool, compile_pass=compile_pass, compile_at=compile_at)
+        self.batch = StreamBatch(model.transformer, pool, compile_pass=compile_pass)
         self.lanes = Lanes(model.device)
 
     # --- streams

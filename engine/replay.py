@@ -51,8 +51,6 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 T = TypeVar("T")
-# By then a shape is one of the steady state: compiling takes half a minute each.
-COMPILE_AT = 4
 # Whether sequential mode keeps each chunk in one slot, or takes slots as the public code does.
 Slots = Literal["published", "plain"]
 
@@ -287,7 +285,6 @@ class Replay:
             streams=1,
             mode=mode,
             compile_pass=compile_pass,
-            compile_at=COMPILE_AT,
             pool_type=PublishedSlots if self.slips else KVPool,
         )
         self._later: CacheRow | None = None
@@ -305,6 +302,7 @@ class Replay:
         self._later = LaterSteps(state.rows[0].index)
         for chunk in range(self.bundle.spec.chunks + 1):
             self._render(state, self.bundle.chunk(chunk))
+        self.pipeline.batch.seal()
         for item in self.watch.time("drain", lambda: pipeline.drain(state)):
             self._keep(item)
         return state

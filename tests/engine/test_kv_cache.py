@@ -18,10 +18,10 @@ LOOKS = 24
 
 
 def pool_of(
-    window: int, sinks: int, rows: int = 1, *, static: bool = False, layers: int = 1, **cache: object
+    window: int, sinks: int, rows: int = 1, *, layers: int = 1, **cache: object
 ) -> KVPool:
     config = TransformerConfig(dim=24, heads=HEADS, layers=layers, window_frames=window, sink_frames=sinks)
-    return KVPool(config, GRID, rows, cache=CacheConfig.model_validate(cache), static=static)
+    return KVPool(config, GRID, rows, cache=CacheConfig.model_validate(cache))
 
 
 def stamped(first: int, frames: int, rows: int = 1) -> Tensor:
@@ -163,17 +163,6 @@ def test_a_chunk_that_does_not_fit_is_refused(frames: int) -> None:
     pool = pool_of(3, 1)
     with pytest.raises(ValueError, match="must hold 1 to 2"):
         pool.advance(pool.lease(1), frames)
-
-
-def test_static_shapes_show_the_whole_window_from_the_first_chunk_on() -> None:
-    pool, plain = pool_of(4, 1, static=True), pool_of(4, 1)
-    rows, others = pool.lease(1), plain.lease(1)
-    q = torch.randn(1, TOKENS, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    for index in range(7):
-        view, other = write(pool, rows, index), write(plain, others, index)
-        assert view.valid == 4
-        assert (view.lengths.mask is None) == (index >= 3)
-        torch.testing.assert_close(view.attend(0, q, q, q), other.attend(0, q, q, q), atol=1e-6, rtol=0)
 
 
 # --- leases
