@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 BLACK_MEAN, BLACK_SPREAD = 2 / 255, 2 / 255
 LIT_MEAN = 12 / 255
 STILL_CHANGE, MOVING_CHANGE = 0.02 / 255, 3 / 255
-FROZEN_CHUNKS = 2
 # A picture withheld so often in a row will not come right by itself.
 RESET_FAULTS = 3
 LEARN_CHUNKS = 12
@@ -82,7 +81,6 @@ class HealthMonitor:
 
     def __init__(self) -> None:
         self.relearn()
-        self._still = 0
         self._faults = 0
 
     def relearn(self) -> None:
@@ -113,8 +111,7 @@ class HealthMonitor:
         if mean < BLACK_MEAN and spread < BLACK_SPREAD and figures.source > LIT_MEAN:
             return "black"
         frozen = figures.change < STILL_CHANGE and figures.source_change > MOVING_CHANGE
-        self._still = self._still + 1 if frozen else 0
-        return "frozen" if self._still >= FROZEN_CHUNKS else ""
+        return "frozen" if frozen else ""
 
     def _drifted(self, figures: ChunkFigures) -> bool:
         if self._input.outside(figures.source):

@@ -204,7 +204,7 @@ class Pipeline:
         results: list[Rendered] = []
         items = []
         for state, frames_THWC in jobs:
-            self.advance_prompts(state)
+            results += [self._finish(item) for item in self.advance_prompts(state)]
             if state.prompts.context is None:
                 results.append(Rendered(state, state.chunks, state.revision, None, None))
                 self._count(state, frames_THWC.shape[0])
@@ -334,16 +334,23 @@ class Pipeline:
                 self.pool.copy_row(item.state.rows[0], row)
             item.state.primed = steps
 
-    def advance_prompts(self, state: SessionState) -> None:
-        """Go on to the prompts of a stream's next chunk. Raises EngineError when their text cannot be encoded."""
+    def advance_prompts(self, state: SessionState) -> list[Item]:
+        """Go on to the prompts of a stream's next chunk.
+
+        Returns: chunks that were in flight, done, where the cache is rewritten: none of them may be missing in it.
+        Raises: EngineError when the text cannot be encoded.
+        """
+        finished: list[Item] = []
         prompts = state.prompts
         if prompts.moving:
             with self.lanes.aside():
                 prompts.advance(self.model.text.request, self._contextualise)
                 if prompts.changed and state.params.recache and prompts.context is not None:
+                    finished = self.drain(state)
                     self.batch.recache(state, prompts.context)
         if state.pending_revision is not None and not prompts.pending:
             state.revision, state.pending_revision = state.pending_revision, None
+        return finished
 
     def _schedule(self, state: SessionState, pixels_TCHW: Tensor, source_BTCHW: Tensor) -> ChunkSchedule:
         plan, motion = state.plan, self.sampling.motion

@@ -45,7 +45,7 @@ from engine.wan.text_encoder import EncodedPrompt, StyleIndex
 from engine.wan.transformer import CausalTransformer
 from engine.wan.vae_config import WanVAEConfig
 from engine.wan.wan_vae import WanVAE
-from engine.wan.weights import Model, ModelConfig
+from engine.wan.weights import Model, ModelConfig, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,13 @@ class Bundle:
         frames = 1 + 4 * spec.frames_per_block * (1 + spec.chunks)
         if video.ndim != 5 or video.shape[2] < frames:
             raise BundleError(f"video {tuple(video.shape)} must be [1, 3, T, H, W] with T of {frames} at least")
-        model = make_model(spec, folder, inputs["prompt_embeds"][0], dtype)
+        try:
+            model = make_model(spec, folder, inputs["prompt_embeds"][0], dtype)
+        except ValidationError as error:
+            told = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+            raise BundleError(f"{folder / 'spec.json'}: {told}") from error
+        except WeightsError as error:
+            raise BundleError(f"{folder}: {error}") from error
         noise = RecordedNoise(_tensors(folder / "noise.safetensors"), dtype)
         return cls(spec, model, video[0, :, :frames].transpose(0, 1).to(dtype).contiguous(), noise)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.api import EngineError, EngineState, Frames, StreamParams
 from engine.chunks import ChunkCost
-from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig
+from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig, ServingProfile
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
@@ -160,23 +160,8 @@ class Worker:
             # Its gigabytes may take minutes, in a process of its own; a rank that says nothing is taken for dead.
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
-        state = self._pipeline.open(params)
-        # Past the filling of the window: from then on every chunk costs the same.
-        chunks = max(WARM_UP_CHUNKS, self._pipeline.pool.window + 2)
-        costs = []
-        for done in range(chunks):
-            self._tell(EngineState.WARMING, 55 + 45 * done // chunks, "warming up")
-            count = profile.chunk_frames if done else profile.first_chunk_frames
-            frames = np.zeros((count, settings.height, settings.width, 3), np.uint8)
-            started = time.monotonic()
-            for rendered in self._pipeline.tick([(state, self._pipeline.upload(frames))]):
-                if rendered.frames is not None:
-                    self._pipeline.lanes.download(rendered.frames).wait()
-            costs.append(time.monotonic() - started)
-        self._pipeline.close(state)
+        self._cost = ChunkCost(self._warm_up(profile))
         self._pipeline.batch.seal()
-        self._cost = ChunkCost(statistics.median(costs[-WARM_UP_CHUNKS:]))
         self._connection.send(
             Status(
                 state=EngineState.READY,
@@ -185,6 +170,48 @@ class Worker:
                 chunk_cost_s=self._cost.chunk_cost_s,
             )
         )
+
+    def _warm_up(self, profile: ServingProfile) -> float:
+        """Render until everything runs at its usual speed; returns what a chunk costs then.
+
+        With compiled passes also what else may come: other numbers of steps, and several streams in a pass.
+        """
+        settings, pipeline = self._settings, self._pipeline
+        states = [pipeline.open(StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps))]
+        first, later = (
+            np.zeros((count, settings.height, settings.width, 3), np.uint8)
+            for count in (profile.first_chunk_frames, profile.chunk_frames)
+        )
+
+        def chunk(streams: Sequence[SessionState]) -> float:
+            started = time.monotonic()
+            jobs = [(state, pipeline.upload(later if state.chunks else first)) for state in streams]
+            for rendered in pipeline.tick(jobs):
+                if rendered.frames is not None:
+                    pipeline.lanes.download(rendered.frames).wait()
+            return time.monotonic() - started
+
+        # Past the filling of the window: from then on every chunk costs the same.
+        chunks = max(WARM_UP_CHUNKS, pipeline.pool.window + 2)
+        costs = []
+        for done in range(chunks):
+            self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
+            costs.append(chunk(states))
+        if settings.compile and settings.mode == "batch":
+            for steps in range(1, pipeline.max_steps + 1):
+                self._tell(EngineState.WARMING, 95, f"compiling for {steps} steps")
+                pipeline.set_params(states[0], StreamParams(prompt=WARM_UP_PROMPT, steps=steps))
+                for _ in range(steps + 2):
+                    chunk(states)
+        if settings.compile:
+            for count in range(2, settings.micro_batch + 1):
+                self._tell(EngineState.WARMING, 97, f"compiling for {count} streams in a pass")
+                states.append(pipeline.open(states[0].params))
+                for _ in range(chunks):
+                    chunk(states)
+        for state in states:
+            pipeline.close(state)
+        return statistics.median(costs[-WARM_UP_CHUNKS:])
 
     def close(self) -> None:
         """Stop what the model keeps running beside this process."""
@@ -385,7 +412,7 @@ def make_pipeline(model: Model, settings: EngineSettings) -> Pipeline:
             model,
             settings.width,
             settings.height,
-            streams=settings.max_streams + 1,  # the warm-up's
+            streams=settings.max_streams + settings.micro_batch,  # those of the warm-up
             mode=settings.mode,
             attention=settings.attention,
             compile_pass=settings.compile,
