@@ -20,8 +20,8 @@ from engine.session import Item, PassInput, SessionState
 from engine.wan.transformer import CausalTransformer, PromptContext
 
 Pass = Callable[..., tuple[Tensor, Tensor]]
-# Rows, latent frames, and whether the rows lie side by side.
-PassShape = tuple[int, int, bool]
+# Rows, latent frames, whether the rows lie side by side, and whether they share a prompt.
+PassShape = tuple[int, int, bool, bool]
 MAX_COMPILED = 32
 
 
@@ -74,12 +74,12 @@ class StreamBatch:
         """Compile no more: a shape not met so far runs as it is, rather than hold up a stream for a minute."""
         self._sealed = True
 
-    def _pass(self, frames: int, view: CacheView) -> Pass:
+    def _pass(self, frames: int, view: CacheView, prompt: PromptContext) -> Pass:
         """The compiled pass, where the view is of the steady state and its shape has one or may have one."""
         steady = view.valid == self.pool.window and view.lengths.mask is None
         if self._compiled is None or not steady:
             return self._one_pass
-        shape = (view.query.cos.shape[0], frames, view.rows is None)
+        shape = (view.query.cos.shape[0], frames, view.rows is None, prompt.keys[0].shape[0] == 1)
         if not self._sealed and len(self._ready) < MAX_COMPILED:
             self._ready.add(shape)
         return self._compiled if shape in self._ready else self._one_pass
@@ -176,7 +176,7 @@ class StreamBatch:
             parts[0] if len(parts) == 1 else torch.cat(tuple(parts)) for parts in (clean, noise, source)
         )
         prompt = self._join(prompts)
-        return self._pass(clean_BTCHW.shape[1], view)(
+        return self._pass(clean_BTCHW.shape[1], view, prompt)(
             clean_BTCHW, noise_BTCHW, level_B, source_BTCHW, timestep_B, sigma_B, strength_B, prompt, view
         )
 
@@ -188,12 +188,7 @@ class StreamBatch:
             or len(self._joined[0]) != len(wanted)
             or any(a is not b for a, b in zip(self._joined[0], wanted, strict=True))
         ):
-            prompt = PromptContext.joined(wanted)
-            if self._compiled is not None:
-                # One layout, whether or not the rows share a prompt: else a new prompt would compile the pass anew.
-                keys, values = (tuple(x.contiguous() for x in parts) for parts in (prompt.keys, prompt.values))
-                prompt = PromptContext(keys, values, None if prompt.pooled is None else prompt.pooled.contiguous())
-            self._joined = wanted, prompt
+            self._joined = wanted, PromptContext.joined(wanted)
         return self._joined[1]
 
     def _one_pass(

@@ -78,8 +78,9 @@ class KVPool:
         self._is_sink = self._slot < self.sinks
         time_pairs = axis_pairs(config.head_dim)[0]
         self._frequencies = turn_frequencies(time_pairs, device=device)
-        space = rope_rotation(config.head_dim, 1, *grid, device=device)
-        self._space = Rotation(space.cos[:, time_pairs:], space.sin[:, time_pairs:])
+        # Of one frame, without the part that turns with time: each pair once.
+        space, pairs = rope_rotation(config.head_dim, 1, *grid, device=device), config.head_dim // 2
+        self._space = Rotation(space.cos[:, time_pairs:pairs], space.sin[:, pairs + time_pairs :])
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}
         self._views: dict[tuple[int, int], tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]] = {}
 
@@ -279,12 +280,11 @@ class KVPool:
         return rank.argsort(dim=1, stable=True).argsort(dim=1)
 
     def _rotation(self, place: Tensor) -> Rotation:
-        """Tables [B, M * N, 1, R] for frames at the given positions [B, M], formed in float64."""
-        shape = (*place.shape, self.tokens, -1)
+        """Tables [B, M * N, 1, D] for frames at the given positions [B, M], formed in float64."""
         time = place.double()[:, :, None, None] * self._frequencies
-        tables = []
-        for turn, space in ((time.cos().float(), self._space.cos), (time.sin().float(), self._space.sin)):
-            tables.append(torch.cat((turn.expand(shape), space.expand(*place.shape, -1, -1)), dim=-1))
+        cos, sin = (x.float().expand(-1, -1, self.tokens, -1) for x in (time.cos(), time.sin()))
+        space_cos, space_sin = (x.expand(*place.shape, -1, -1) for x in (self._space.cos, self._space.sin))
+        tables = torch.cat((cos, space_cos, cos, space_cos), -1), torch.cat((-sin, -space_sin, sin, space_sin), -1)
         return Rotation(*(table.flatten(1, 2).unsqueeze(2) for table in tables))
 
 

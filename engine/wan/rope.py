@@ -17,17 +17,26 @@ THETA = 10000.0
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines, float32, [N, R] for N tokens, or with the axes of what they turn: [B, N, 1, R]."""
+    """Cosines and signed sines, float32: [N, D] for N tokens, or with the axes of what they turn, [B, N, 1, D].
+
+    A pair's cosine stands in both halves; its sine is negated in the first. So turning is two products and a swap of
+    the halves (`rotate`).
+    """
 
     cos: Tensor
     sin: Tensor
+
+    @classmethod
+    def of_angles(cls, cos: Tensor, sin: Tensor) -> "Rotation":
+        """From the cosine and sine of each pair, [..., R]."""
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     def narrow(self, start: int, length: int) -> "Rotation":
         """The same tables for tokens start to start + length, as views."""
         return Rotation(self.cos.narrow(0, start, length), self.sin.narrow(0, start, length))
 
     def over_heads(self) -> "Rotation":
-        """The same tables [N, 1, R], for tokens with a head axis behind them."""
+        """The same tables [N, 1, D], for tokens with a head axis behind them."""
         return Rotation(self.cos.unsqueeze(1), self.sin.unsqueeze(1))
 
 
@@ -84,15 +93,13 @@ def rope_rotation(
         torch.arange(top, top + rows, device=device),
         torch.arange(left, left + columns, device=device),
     )
-    return Rotation(angles.cos().float(), angles.sin().float())
+    return Rotation.of_angles(angles.cos().float(), angles.sin().float())
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn x [..., D] by angles whose tables [..., R] broadcast over it; formed in float32, returned in x's dtype."""
-    low, high = x.float().chunk(2, dim=-1)
-    cos, sin = rotation.cos, rotation.sin
-    turned = torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(low * sin, high, cos)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    """Turn [..., D] by angles whose tables broadcast over it; formed in float32, returned in x's dtype."""
+    wide = x.float()
+    return torch.addcmul(wide * rotation.cos, wide.roll(x.shape[-1] // 2, dims=-1), rotation.sin).to(x.dtype)
 
 
 def half_split_order(heads: int, head_dim: int) -> Tensor:

@@ -285,9 +285,10 @@ def test_rotation_tables_stay_exact_far_out() -> None:
     q, k = torch.randn(2, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(2)).unbind(0)
 
     def score(position: int) -> Tensor:
-        # [1, M * N, 1, R] for two frames.
+        # [1, M * N, 1, D] for two frames: cosines of each pair twice, its sine in the second half.
         tables = pool._rotation(torch.tensor([[position, position + 3]]))
-        turns = torch.complex(tables.cos.double(), tables.sin.double())[0, :, 0]
+        pairs = HEAD_DIM // 2
+        turns = torch.complex(tables.cos[..., :pairs].double(), tables.sin[..., pairs:].double())[0, :, 0]
         first, second = (torch.complex(*x.double().chunk(2, -1)) for x in (q, k))
         return ((first * turns[TOKENS:]) * (second * turns[:TOKENS]).conj()).real.sum(-1)
 

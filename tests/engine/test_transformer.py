@@ -234,7 +234,7 @@ def test_permuted_neighbour_pairs_give_the_same_scores() -> None:
     heads, dim, random = 2, 24, torch.Generator().manual_seed(2)
     q, k = torch.randn(2, 6, heads * dim, generator=random, dtype=torch.float64).unbind(0)
     rotation = rope_rotation(dim, 1, 2, 3)
-    turn = torch.complex(rotation.cos.double(), rotation.sin.double())[:, None]
+    turn = torch.complex(rotation.cos[:, : dim // 2].double(), rotation.sin[:, dim // 2 :].double())[:, None]
 
     def neighbours(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.view(6, heads, dim // 2, 2)) * turn
