@@ -118,7 +118,7 @@ class EngineStatus:
 class Capacity:
     """What rank 0 can carry: the snapshot that admission and rate agreement are computed from.
 
-    chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and one step (0 while
+    chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and steps (0 while
         unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
         first_chunk_frames: T of a stream's first chunk.
     """

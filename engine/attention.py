@@ -8,6 +8,7 @@ of unequal length, on CUDA only. All three get keys of whole rows with the valid
 a row that holds fewer frames than the longest is masked (sdpa, flex) or cut short (varlen).
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+log = logging.getLogger(__name__)
+
+# Of outputs about 0.3 in bfloat16.
+PROOF_TOLERANCE = 0.02
 Backend = Literal["sdpa", "flex", "varlen"]
 
 
@@ -83,7 +88,7 @@ BACKENDS: dict[Backend, Attend] = {"sdpa": sdpa_attention, "flex": flex_attend, 
 
 
 def attention_for(name: Literal["auto", "sdpa", "flex", "varlen"], device: torch.device, dtype: torch.dtype) -> Attend:
-    """The kernel to use. auto: varlen on CUDA in half precision, sdpa elsewhere.
+    """The kernel to use. auto: on CUDA in half precision varlen, if it proves right there; else sdpa.
 
     Raises: ValueError for varlen where it has no kernel.
     """
@@ -92,5 +97,23 @@ def attention_for(name: Literal["auto", "sdpa", "flex", "varlen"], device: torch
     if name == "varlen" and not fits:
         raise ValueError(f"attention varlen needs a CUDA device and bfloat16, not {device} and {dtype}; use sdpa")
     if name == "auto":
-        return varlen_attend if fits else sdpa_attention
+        return varlen_attend if fits and proves_right(varlen_attend, device, dtype) else sdpa_attention
     return BACKENDS[name]
+
+
+def proves_right(attend: Attend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel runs on this device and agrees with sdpa on two rows of unequal length; logs it if not."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 2, 128, generator=random).to(device, dtype) for tokens in (16, 64, 64))
+    valid = torch.tensor([32, 64], dtype=torch.int32).to(device)
+    mask = (torch.arange(64, device=device) < valid[:, None])[:, None, None]
+    lengths = Lengths(valid, mask)
+    try:
+        error = float((attend(q, k, v, lengths) - sdpa_attention(q, k, v, lengths)).abs().max())
+    except RuntimeError as cause:
+        log.warning("attention kernel %s does not run on %s, sdpa stands in: %s", attend.__name__, device, cause)
+        return False
+    if not error < PROOF_TOLERANCE:
+        log.warning("attention kernel %s is off by %.3g on %s, sdpa stands in", attend.__name__, error, device)
+        return False
+    return True

@@ -354,6 +354,9 @@ class Pipeline:
 
     def _schedule(self, state: SessionState, pixels_TCHW: Tensor, source_BTCHW: Tensor) -> ChunkSchedule:
         plan, motion = state.plan, self.sampling.motion
+        if not plan.steps:
+            # Nothing is measured meanwhile: the next motion must not be taken against an old frame.
+            state.motion.before = None
         if motion is None or not plan.steps:
             return plan.base
         frames = pixels_TCHW if motion.source == "pixels" else source_BTCHW[0].float()

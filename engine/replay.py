@@ -60,7 +60,11 @@ class BundleError(Exception):
 
 
 class Spec(BaseModel):
-    """spec.json. Sizes of pixels; steps: timesteps, noisiest first, or how many of the public ones."""
+    """spec.json. Sizes of pixels; steps: timesteps, noisiest first, or how many of the public ones.
+
+    text_tokens, adapt_sink_threshold and seed are known and change nothing: all positions are attended, sinks are not
+    refreshed, and the noise is recorded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

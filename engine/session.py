@@ -101,7 +101,8 @@ class SessionState:
 
     rows: its cache rows, one, or one a step. in_flight: chunks between their first and last step, oldest first.
     revision: of the parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made,
-    for telling a frozen picture. history: of the frames in the cache's window. primed: as many rows hold the stream,
+    for telling a frozen picture. history: of the last chunks, as many as the window
+    has frames. primed: as many rows hold the stream,
     ready for the steps of successive chunks together.
     """
 

@@ -391,7 +391,7 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
     demand = Demand(
         settings.width,
         settings.height,
-        streams=settings.max_streams,
+        streams=pool_streams(settings),
         rows=MAX_STEPS if settings.mode == "batch" else 1,
         dtype="bfloat16" if dtype is torch.bfloat16 else "float32",
         vae="light" if light else "full",
@@ -400,6 +400,11 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
         text_here=settings.text_device == settings.device,
     )
     check(needed(shape, demand), available)
+
+
+def pool_streams(settings: EngineSettings) -> int:
+    """Streams to hold cache for. The warm-up is over before the first stream is opened, and takes the same rows."""
+    return max(settings.max_streams, settings.micro_batch)
 
 
 def make_pipeline(model: Model, settings: EngineSettings) -> Pipeline:
@@ -412,7 +417,7 @@ def make_pipeline(model: Model, settings: EngineSettings) -> Pipeline:
             model,
             settings.width,
             settings.height,
-            streams=settings.max_streams + settings.micro_batch,  # those of the warm-up
+            streams=pool_streams(settings),
             mode=settings.mode,
             attention=settings.attention,
             compile_pass=settings.compile,

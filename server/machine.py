@@ -107,7 +107,7 @@ def need_of(settings: EngineSettings) -> Need:
     demand = Demand(
         width=settings.width,
         height=settings.height,
-        streams=settings.max_streams,
+        streams=max(settings.max_streams, settings.micro_batch),
         rows=MAX_STEPS if settings.mode == "batch" else 1,
         dtype=dtype,
         vae="light" if light else "full",

@@ -16,6 +16,7 @@ from engine.attention import (
     attention_for,
     flex_attend,
     flex_block_mask,
+    proves_right,
     sdpa_attention,
     varlen_attend,
 )
@@ -117,13 +118,33 @@ def test_a_pipeline_on_a_cpu_refuses_varlen() -> None:
         Pipeline(pooled_model(), 32, 32, attention="varlen")
 
 
-def test_auto_is_varlen_on_a_gpu_in_half_precision_and_sdpa_elsewhere() -> None:
-    assert attention_for("auto", GPU, torch.bfloat16) is varlen_attend
+def test_auto_is_varlen_where_it_proves_right_on_a_gpu_and_sdpa_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for proof, expected in ((True, varlen_attend), (False, sdpa_attention)):
+        monkeypatch.setattr("engine.attention.proves_right", lambda *_, proof=proof: proof)
+        assert attention_for("auto", GPU, torch.bfloat16) is expected
     assert attention_for("varlen", GPU, torch.float16) is varlen_attend
     for device, dtype in ((CPU, torch.float32), (CPU, torch.bfloat16), (GPU, torch.float32)):
         assert attention_for("auto", device, dtype) is sdpa_attention
     for name, backend in BACKENDS.items():
         assert attention_for(name, GPU, torch.bfloat16) is backend
+
+
+def test_a_kernel_that_does_not_run_or_is_wrong_does_not_prove_right(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flex says that it is not compiled
+        assert all(proves_right(attend, CPU, torch.bfloat16) for attend in (sdpa_attention, masked_flex))
+    assert not proves_right(varlen_attend, CPU, torch.bfloat16)
+    assert not proves_right(unmasked, CPU, torch.bfloat16)
+    assert ["does not run" in caplog.text, "is off by" in caplog.text] == [True, True]
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+    return sdpa_attention(q, k, v, Lengths(lengths.valid, None))
+
+
+def masked_flex(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+    block = flex_block_mask(lengths.valid, q.shape[1], k.shape[1])
+    return flex_attend(q, k, v, Lengths(lengths.valid, lengths.mask, block))
 
 
 def test_varlen_is_called_as_torch_declares_it(monkeypatch: pytest.MonkeyPatch) -> None:
