@@ -74,6 +74,8 @@ T = TypeVar("T")
 VAE = TinyVAE | WanVAE | TAEHV
 Progress = Callable[[float, str], None]
 _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# One file to be written: what it will hold, and where each tensor comes from.
+_Part = tuple[_Specs, Callable[[str], Tensor]]
 _STYLES = TypeAdapter(tuple[Style, ...])
 # Saved as they are: float16 would round what every pixel passes through.
 _EXACT = ("vae.latent_mean", "vae.latent_std")
@@ -432,38 +434,10 @@ def save_wan_model(
     Raises: WeightsError naming what a part misses, has too much or in a wrong shape; OSError.
     """
     report = progress or _silent
-    transformer_config, original = transformer
-    rules = {rule.key: rule for rule in transformer_rules(transformer_config)}
-    check_shapes(
-        {source.key: source.shape for rule in rules.values() for source in rule.sources},
-        _shapes(original),
-        "the transformer",
-    )
-    parts: dict[str, tuple[_Specs, Callable[[str], Tensor]]] = {
-        TRANSFORMER_FILE: (
-            {key: (dtype, rule.shape) for key, rule in rules.items()},
-            lambda key: rules[key].build(original),
-        )
-    }
-    with torch.device("meta"):
-        wanted = {VAE_FILE: (WanVAE(vae[0]).state_dict(), vae[1])}
-        if light_vae is not None:
-            wanted[LIGHT_VAE_FILE] = (
-                importlib.import_module("engine.wan.taehv").TAEHV(light_vae[0]).state_dict(),
-                light_vae[1],
-            )
-    for file, (expected, tensors) in wanted.items():
-        check_shapes(_shapes(expected), _shapes(tensors), f"the VAE for {file}")
-        parts[file] = ({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in expected}, tensors.__getitem__)
+    parts = {TRANSFORMER_FILE: _transformer_part(*transformer, dtype)} | _vae_parts(vae, light_vae)
     folder.mkdir(parents=True, exist_ok=True)
     if text is not None:
-        names = umt5_names(text.config)
-        check_shapes({key: src.shape for key, src in names.items()}, _shapes(text.tensors), "the text encoder")
-        (folder / TEXT_ENCODER_DIR).mkdir(exist_ok=True)
-        (folder / TEXT_ENCODER_DIR / CONFIG_FILE).write_text(json.dumps(dict(text.config), indent=2) + "\n")
-        (folder / TEXT_ENCODER_DIR / TOKENIZER_FILE).write_bytes(text.tokenizer)
-        specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in text.tensors.items()}
-        parts[f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"] = (specs, text.tensors.__getitem__)
+        parts[f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"] = _text_part(folder / TEXT_ENCODER_DIR, text)
     total = sum(_spec_bytes(specs) for specs, _ in parts.values())
     done, files = 0, {}
     for file, (specs, tensor_of) in parts.items():
@@ -480,7 +454,7 @@ def save_wan_model(
     _write_texts(folder, styles, card)
     config = ModelConfig(
         name=name,
-        transformer=transformer_config,
+        transformer=transformer[0],
         vae=vae[0],
         light_vae=light_vae and light_vae[0],
         text="umt5",
@@ -492,6 +466,38 @@ def save_wan_model(
     )
     _write_config(folder, config)
     return config
+
+
+def _transformer_part(config: TransformerConfig, original: Mapping[str, Tensor], dtype: torch.dtype) -> _Part:
+    rules = {rule.key: rule for rule in transformer_rules(config)}
+    sources = {source.key: source.shape for rule in rules.values() for source in rule.sources}
+    check_shapes(sources, _shapes(original), "the transformer")
+    return {key: (dtype, rule.shape) for key, rule in rules.items()}, lambda key: rules[key].build(original)
+
+
+def _vae_parts(
+    vae: tuple[WanVAEConfig, Mapping[str, Tensor]], light_vae: tuple[TAEHVConfig, Mapping[str, Tensor]] | None
+) -> dict[str, _Part]:
+    with torch.device("meta"):
+        wanted = {VAE_FILE: (WanVAE(vae[0]).state_dict(), vae[1])}
+        if light_vae is not None:
+            wanted[LIGHT_VAE_FILE] = (TAEHV(light_vae[0]).state_dict(), light_vae[1])
+    parts: dict[str, _Part] = {}
+    for file, (expected, tensors) in wanted.items():
+        check_shapes(_shapes(expected), _shapes(tensors), f"the VAE for {file}")
+        parts[file] = ({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in expected}, tensors.__getitem__)
+    return parts
+
+
+def _text_part(folder: Path, text: TextParts) -> _Part:
+    """Writes all but the weights."""
+    names = umt5_names(text.config)
+    check_shapes({key: source.shape for key, source in names.items()}, _shapes(text.tensors), "the text encoder")
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(dict(text.config), indent=2) + "\n")
+    (folder / TOKENIZER_FILE).write_bytes(text.tokenizer)
+    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in text.tensors.items()}
+    return specs, text.tensors.__getitem__
 
 
 def _spec_bytes(specs: _Specs) -> int:
