@@ -242,7 +242,6 @@ class KVPool:
             slots=torch.add(slots, base[:, None], alpha=self.window).flatten(),
             query=self._chunk_rotation(key, slots),
             key=key,
-            frames=frames,
             valid=valid,
             lengths=self._lengths(held, mask, frames * self.tokens, valid * self.tokens),
         )
@@ -304,7 +303,6 @@ class CacheView:
     slots: Tensor
     query: Rotation
     key: Rotation
-    frames: int
     valid: int
     lengths: Lengths
 
