@@ -1,9 +1,11 @@
 """Moving clips out of photographs and real clips, and what a webcam does to them.
 
-A photograph is panned, zoomed and turned along a smooth random path; a portrait is laid with a soft
-outline over another moving photograph (parallax, occlusion); a real clip is cropped and strided. Light
-drifts a little. Camera faults (noise, JPEG, blur) are added to the source side only: the teacher sees the
-clean clip, so the model learns to paint over the camera's noise instead of flickering with it.
+A photograph is panned, zoomed and turned along a smooth random path; one to three portraits are laid with soft
+outlines over another moving photograph (parallax, occlusion); a real clip is cropped and strided; a room may be
+empty. In one clip of six the camera stands on a tripod: nothing moves, or next to nothing. Light drifts a little, and
+one clip in seven is dim. Camera faults (noise, blur, JPEG, the blocks and held detail of a low bitrate) are added to
+the source side only: the teacher sees the clean clip, so the model learns to paint over the camera's noise instead of
+flickering with it.
 """
 
 from __future__ import annotations
@@ -31,20 +33,31 @@ class Material:
 class ClipSynth:
     """Draws random clips from the material; the same seed draws the same clips."""
 
-    def __init__(self, material: Material, *, size_px: int, seed: int | Sequence[int]) -> None:
+    def __init__(self, material: Material, *, size_px: int | tuple[int, int], seed: int | Sequence[int]) -> None:
+        """Make clips of one size, a square's side or (height, width).
+
+        Raises: ValueError, if a side is no multiple of 16, the model's token.
+        """
+        self._height, self._width = (size_px, size_px) if isinstance(size_px, int) else size_px
+        if self._height % 16 or self._width % 16 or min(self._height, self._width) < 16:
+            raise ValueError(f"clips of {self._height}x{self._width} px: both sides must be multiples of 16")
         self._material = material
-        self._size = size_px
+        self._motion = 1.0  # of the clip being drawn: 0 on a tripod
         self._rng = np.random.default_rng(seed)
 
     def clean(self, frames: int) -> Picture:
-        """A clip without camera faults: [frames, size, size, 3]."""
-        kind = self._rng.random()
-        if kind < 0.34:
+        """A clip without camera faults: [frames, height, width, 3]."""
+        rng = self._rng
+        self._motion = float(rng.choice([0.0, 0.06])) if rng.random() < 0.17 else 1.0
+        kind = rng.random()
+        if kind < 0.32:
             clip = self._real(frames)
-        elif kind < 0.58:
+        elif kind < 0.54:
             clip = self._pan(self._pick(self._material.portraits), frames, 0.08)
-        elif kind < 0.86:
-            clip = self._portrait_over_background(frames)
+        elif kind < 0.76:
+            clip = self._people_over_background(frames, 1)
+        elif kind < 0.88:
+            clip = self._people_over_background(frames, int(rng.integers(2, 4)))
         else:
             clip = self._pan(self._pick(self._material.backgrounds), frames, 0.12)
         return self._light(clip)
@@ -57,79 +70,104 @@ class ClipSynth:
         clip = clean_THWC.astype(np.float32)
         if rng.random() < 0.25:
             clip = np.stack([cv2.GaussianBlur(frame, (0, 0), 0.8) for frame in clip])
-        clip = clip + rng.normal(size=clip.shape).astype(np.float32) * rng.uniform(0, 6)
+        # a sensor's gain follows the dark: dim pictures are the noisy ones
+        dim = max(0.0, 1.0 - float(clip.mean()) / 90.0)
+        clip = clip + rng.normal(size=clip.shape).astype(np.float32) * rng.uniform(0, 6 + 5 * dim)
         noisy = np.clip(clip, 0, 255).astype(np.uint8)
-        if rng.random() < 0.4:
+        fault = rng.random()
+        if fault < 0.35:
             noisy = np.stack([_jpeg(frame, int(rng.integers(45, 90))) for frame in noisy])
+        elif fault < 0.55:
+            noisy = _low_bitrate(noisy, quality=int(rng.integers(12, 35)), hold=float(rng.uniform(2.0, 7.0)))
         return noisy
 
     def _pick(self, pictures: Sequence[Picture]) -> Picture:
         return pictures[int(self._rng.integers(len(pictures)))]
 
     def _path(self, frames: int, reach: float) -> Path1D:
-        """Smooth random motion in one dimension: drift, a slow wave and hand shake."""
+        """Smooth random motion in one dimension: drift, a slow wave and hand shake; none on a tripod."""
         rng, u = self._rng, np.linspace(0, 1, frames)
         wave = 0.5 * rng.normal() * np.sin(2 * np.pi * (u * rng.uniform(0.3, 1.5) + rng.random()))
         shake = 0.03 * np.cumsum(rng.normal(size=frames))
-        return np.asarray(reach * (rng.normal() * (u - 0.5) + wave + shake))
+        return np.asarray(self._motion * reach * (rng.normal() * (u - 0.5) + wave + shake))
 
     def _pan(self, photo: Picture, frames: int, reach: float) -> Picture:
-        rng, size = self._rng, self._size
+        rng, wide, tall = self._rng, self._width, self._height
         height, width = photo.shape[:2]
-        scale = size / (min(height, width) * rng.uniform(0.55, 1.0))
+        scale = max(wide / width, tall / height) / rng.uniform(0.55, 1.0)
         centre = (
-            width / 2 + rng.uniform(-0.5, 0.5) * max(0.0, width - size / scale),
-            height / 2 + rng.uniform(-0.5, 0.5) * max(0.0, height - size / scale),
+            width / 2 + rng.uniform(-0.5, 0.5) * max(0.0, width - wide / scale),
+            height / 2 + rng.uniform(-0.5, 0.5) * max(0.0, height - tall / scale),
         )
-        right, down = self._path(frames, reach * size), self._path(frames, reach * size * 0.6)
+        side = min(wide, tall)
+        right, down = self._path(frames, reach * side), self._path(frames, reach * side * 0.6)
         turn, zoom = rng.normal() * 4 + self._path(frames, 6), self._path(frames, 0.10)
         out = []
         for i in range(frames):
             move = cv2.getRotationMatrix2D(centre, turn[i], scale * np.exp(zoom[i]))
-            move[:, 2] += (size / 2 - centre[0] + right[i], size / 2 - centre[1] + down[i])
+            move[:, 2] += (wide / 2 - centre[0] + right[i], tall / 2 - centre[1] + down[i])
             flags = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            out.append(cv2.warpAffine(photo, move, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT))
+            out.append(cv2.warpAffine(photo, move, (wide, tall), flags=flags, borderMode=cv2.BORDER_REFLECT))
         return np.asarray(np.stack(out), np.uint8)
 
     def _real(self, frames: int) -> Picture:
-        rng, size = self._rng, self._size
+        rng, wide, tall = self._rng, self._width, self._height
         clip = self._pick(self._material.clips)
         stride = int(rng.choice([1, 2])) if len(clip) >= 2 * frames else 1
         first = int(rng.integers(0, len(clip) - stride * (frames - 1)))
         clip = clip[first : first + stride * (frames - 1) + 1 : stride]
+        if not self._motion:
+            clip = np.broadcast_to(clip[:1], clip.shape)
         height, width = clip.shape[1:3]
-        box = int(min(height, width) * rng.uniform(0.55, 1.0))
-        top, left = int(rng.integers(0, height - box + 1)), int(rng.integers(0, width - box + 1))
-        flags = cv2.INTER_AREA if box > size else cv2.INTER_CUBIC
-        crop = clip[:, top : top + box, left : left + box]
-        return np.asarray(np.stack([cv2.resize(f, (size, size), interpolation=flags) for f in crop]), np.uint8)
+        zoom = min(height / tall, width / wide) * rng.uniform(0.55, 1.0)
+        box_tall, box_wide = int(tall * zoom), int(wide * zoom)
+        top, left = int(rng.integers(0, height - box_tall + 1)), int(rng.integers(0, width - box_wide + 1))
+        flags = cv2.INTER_AREA if zoom > 1 else cv2.INTER_CUBIC
+        crop = clip[:, top : top + box_tall, left : left + box_wide]
+        return np.asarray(np.stack([cv2.resize(f, (wide, tall), interpolation=flags) for f in crop]), np.uint8)
 
-    def _portrait_over_background(self, frames: int) -> Picture:
-        rng, size = self._rng, self._size
-        behind = self._pan(self._pick(self._material.backgrounds), frames, 0.05).astype(np.float32)
-        person = self._pan(self._pick(self._material.portraits), frames, 0.02).astype(np.float32)
-        scale = rng.uniform(0.5, 0.95)
-        right, down = self._path(frames, 0.12 * size), self._path(frames, 0.05 * size)
-        y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    def _people_over_background(self, frames: int, people: int) -> Picture:
+        """Portraits in soft ellipses before a room, side by side, the last one in front."""
+        rng = self._rng
+        scene = self._pan(self._pick(self._material.backgrounds), frames, 0.05).astype(np.float32)
+        side = min(self._width, self._height)
+        places = rng.permutation(people) - (people - 1) / 2
+        for place in places:
+            scale = rng.uniform(0.5, 0.95) if people == 1 else rng.uniform(0.42, 0.95 - 0.12 * people)
+            middle = self._width / 2 + place * self._width / people * rng.uniform(0.75, 1.0)
+            self._lay_person(scene, scale * side, middle)
+        return scene.astype(np.uint8)
+
+    def _lay_person(self, scene_THWC: NDArray[np.float32], side_px: float, middle_px: float) -> None:
+        """Lay one portrait of a given size into a scene, in place, its foot at the lower edge."""
+        frames, tall, wide = scene_THWC.shape[:3]
+        photo = self._pick(self._material.portraits)
+        height, width = photo.shape[:2]
+        side = min(self._width, self._height)
+        scale = side_px / min(height, width) * float(self._rng.uniform(1.0, 1.5))
+        right, down = self._path(frames, 0.12 * side), self._path(frames, 0.05 * side)
+        turn, zoom = self._path(frames, 5), self._path(frames, 0.06)
+        flags = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        y, x = np.mgrid[0:tall, 0:wide].astype(np.float32)
         for i in range(frames):
-            move = np.array(
-                [[scale, 0, size * (1 - scale) / 2 + right[i]], [0, scale, size * (1 - scale) + down[i]]], np.float32
-            )
-            moved = cv2.warpAffine(person[i], move, (size, size), borderMode=cv2.BORDER_REPLICATE)
-            across = (x - size / 2 - right[i]) / (0.42 * scale * size)
-            along = (y - size * (1 - 0.45 * scale) - down[i]) / (0.62 * scale * size)
+            across_px, along_px = middle_px + right[i], tall - 0.45 * side_px + down[i]
+            move = cv2.getRotationMatrix2D((width / 2, height / 2), turn[i], scale * np.exp(zoom[i]))
+            move[:, 2] += (across_px - width / 2, along_px - height / 2)
+            moved = cv2.warpAffine(photo, move, (wide, tall), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+            across, along = (x - across_px) / (0.42 * side_px), (y - along_px) / (0.62 * side_px)
             share = np.clip((1.05 - across**2 - along**2) * 6, 0, 1)[..., None]
-            behind[i] = behind[i] * (1 - share) + moved * share
-        return behind.astype(np.uint8)
+            scene_THWC[i] += (moved - scene_THWC[i]) * share
 
     def _light(self, clip: Picture) -> Picture:
-        """Mirror, gamma, colour cast and a slow drift of the light."""
+        """Mirror, gamma, colour cast and a slow drift of the light; now and then a dim room."""
         rng = self._rng
         if rng.random() < 0.5:
             clip = clip[:, :, ::-1]
         gamma = np.exp(rng.normal() * 0.25 + self._path(len(clip), 0.06)).astype(np.float32)
         cast = 1 + rng.normal(size=3).astype(np.float32) * 0.05
-        lit = np.clip(clip.astype(np.float32) / 255, 1e-4, 1) ** gamma[:, None, None, None] * cast
+        if rng.random() < 0.14:
+            cast = cast * rng.uniform(0.28, 0.65)
+        lit = np.clip(clip.astype(np.float32) / 255, 1e-4, 1) ** gamma[:, None, None, None] * cast.astype(np.float32)
         return np.asarray(np.clip(lit, 0, 1) * 255 + 0.5, np.uint8)
 
 
@@ -137,3 +175,15 @@ def _jpeg(frame: Picture, quality: int) -> Picture:
     ok, data = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert ok
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.uint8)
+
+
+def _low_bitrate(clip_THWC: Picture, *, quality: int, hold: float) -> Picture:
+    """A starved encoder: coarse blocks, and blocks that keep the last frame's content until they differ by `hold`."""
+    out = [_jpeg(clip_THWC[0], quality)]
+    height, width = clip_THWC.shape[1:3]
+    for frame in clip_THWC[1:]:
+        difference = np.abs(frame.astype(np.float32) - out[-1]).mean(-1)
+        blocks = cv2.resize(difference, (width // 16, height // 16), interpolation=cv2.INTER_AREA)
+        changed = cv2.resize((blocks > hold).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+        out.append(np.where(changed[..., None] > 0, _jpeg(frame, quality), out[-1]))
+    return np.stack(out)
