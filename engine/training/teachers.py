@@ -78,7 +78,7 @@ _GRAIN = 0.5 + 0.5 * _texture(3, 1.5, 1.5, 0.0)  # paper
 # gradient at k * 22.5 degrees, so the stroke is square to it
 _STROKE_TILES = [_texture(11, 6.0, 1.1, np.pi * k / 8 + np.pi / 2) for k in range(8)]
 _TESSERAE = _tiling([(3.4, 3.2), (4.2, 11.6), (11.8, 4.4), (12.2, 12.4)])
-_GLASS = _tiling([(3.5, 4.0), (11.5, 12.0)])
+_GLASS = _tiling([(7.6, 7.4)], slant=0.42)
 _TRIANGLES = _triangles()
 _DOWN_RIGHT = np.array([[1, 0, 1.2], [0, 1, 1.2]], np.float32)
 _THUMBS = _texture(21, 2.6, 2.6, 0.0)
@@ -132,15 +132,21 @@ class Frame:
     @cached_property
     def thin_lines(self) -> Plane:
         """A fine pen's lines [H, W], 0..1, two pixels wide: dark features and colour edges."""
-        dark = ramp(blur(self.lit, 3.0) - blur(self.lit, 1.1), 0.012, 0.045)
-        crest = ramp(self.gradient - 0.78 * blur(self.gradient, 2.6), 0.010, 0.05)
-        return blur(np.maximum(0.85 * dark, 0.8 * crest), 0.6)
+        dark = ramp(blur(self.lit, 2.2) - blur(self.lit, 1.0), 0.010, 0.045)
+        crest = ramp(self.gradient - 0.80 * blur(self.gradient, 2.6), 0.006, 0.042)
+        return blur(np.maximum(0.9 * dark, crest * (1 - 0.35 * blur(dark, 2.0))), 0.6)
 
     @cached_property
     def lit(self) -> Plane:
         """Brightness [H, W] with dark surroundings lifted, so that a dark face keeps its features in few tones."""
         around = blur(self.flat_luma, 9.0)
         return np.asarray(np.clip(self.flat_luma, 1e-3, 1) ** (0.52 + 0.48 * ramp(around, 0.05, 0.5)), np.float32)
+
+    @cached_property
+    def lit_flat(self) -> Plane:
+        """The flat colours [H, W, 3] with half of that lift."""
+        gain = (0.5 * (self.lit + self.flat_luma) + 0.01) / (self.flat_luma + 0.01)
+        return np.asarray(np.clip(self.flat * gain[..., None], 0, 1), np.float32)
 
     @cached_property
     def strokes(self) -> Plane:
@@ -299,11 +305,11 @@ def riso(frame: Frame) -> Plane:
 
 def pixel(frame: Frame) -> Plane:
     """Video-game pixels: 8 px tiles in few vivid colours with a thin seam."""
-    small = cv2.resize(frame.flat, (frame.width // 8, frame.height // 8), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(frame.lit_flat, (frame.width // 8, frame.height // 8), interpolation=cv2.INTER_AREA)
     small = saturate(np.asarray(small, np.float32), 1.45)
     small = 0.3 * small + 0.7 * posterise(np.clip(small * 1.05, 0, 1), 5, 0.25)
     tiles = cv2.resize(small, (frame.width, frame.height), interpolation=cv2.INTER_NEAREST)
-    return np.asarray(tiles * (1 - 0.25 * frame.screen("tile")[..., None]), np.float32)
+    return np.asarray(tiles * (1 - 0.20 * frame.screen("tile")[..., None]), np.float32)
 
 
 def ukiyo(frame: Frame) -> Plane:
@@ -332,7 +338,7 @@ def popart(frame: Frame) -> Plane:
     """Screen-printed poster: four loud flat inks by brightness."""
     tone = np.clip((blur(0.5 * (frame.flat_luma + frame.lit), 1.5) - 0.06) * 1.15, 0, 1)
     inks = [(38, 14, 84), (232, 24, 112), (255, 122, 40), (255, 214, 46), (150, 240, 224)]
-    flat = palette(posterise(np.asarray(tone, np.float32), 4, 0.2), inks)
+    flat = blur(palette(posterise(np.asarray(tone, np.float32), 4, 0.2), inks), 0.6)
     return mix(flat, (0.08, 0.03, 0.20), 0.8 * blur(frame.contours, 0.7))
 
 
@@ -346,7 +352,7 @@ def vintage(frame: Frame) -> Plane:
 
 def nightvision(frame: Frame) -> Plane:
     """Image intensifier: bright green, lifted shadows, scan lines, glow."""
-    tone = np.clip(frame.flat_luma, 0, 1) ** 0.72
+    tone = np.clip(0.5 * (frame.flat_luma + frame.lit), 0, 1) ** 0.85
     tone = np.clip(tone + 0.35 * blur(ramp(np.asarray(tone, np.float32), 0.6, 1.0), 5.0), 0, 1)
     tone = np.asarray(tone * (1 - 0.28 * frame.screen("lines")), np.float32)
     return palette(tone, [(2, 14, 6), (12, 92, 34), (58, 214, 84), (214, 255, 196)])
@@ -354,8 +360,8 @@ def nightvision(frame: Frame) -> Plane:
 
 def oil(frame: Frame) -> Plane:
     """Oil on canvas: Kuwahara patches of rich colour, with bristle marks along the forms, lit from the top left."""
-    strokes = frame.strokes
-    patches = saturate(kuwahara(frame.flat, 4), 1.55)
+    strokes = frame.strokes * (1 - 0.45 * ramp(frame.lit, 0.65, 1.0))
+    patches = saturate(kuwahara(frame.lit_flat, 4), 1.55)
     patches = np.clip(0.5 + (patches - 0.5) * 1.1, 0, 1).astype(np.float32)
     tone = (patches @ _LUMA).astype(np.float32)
     # a stroke carries more or less paint: warm where thick, the cool ground where thin
@@ -367,61 +373,62 @@ def oil(frame: Frame) -> Plane:
 
 def starry(frame: Frame) -> Plane:
     """After Van Gogh: night blues and lamp yellows, thick strokes that run along the contours of light."""
-    patches = kuwahara(frame.flat, 3)
+    patches = blur(kuwahara(frame.flat, 3), 0.7)
     tone = (patches @ _LUMA).astype(np.float32)
     inks = [(8, 16, 58), (22, 56, 140), (56, 118, 194), (148, 184, 170), (244, 206, 78), (255, 246, 186)]
     strokes = brush_strokes(blur(frame.flat_luma, 1.5))
     shifted = np.clip(tone * 0.92 + 0.04 + 0.15 * (strokes - 0.5), 0, 1)
     base = 0.84 * palette(np.asarray(shifted, np.float32), inks) + 0.16 * saturate(patches, 1.6)
-    return mix(np.asarray(base, np.float32), (0.03, 0.05, 0.20), 0.7 * frame.contours)
+    return mix(np.asarray(base, np.float32), (0.03, 0.05, 0.20), 0.7 * blur(frame.contours, 0.7))
 
 
 def halftone(frame: Frame) -> Plane:
     """A newspaper photograph: black dots, set in diamonds, on grey newsprint."""
-    tone = np.clip(blur(frame.lit, 0.8) + 0.9 * (frame.lit - blur(frame.lit, 4.0)), 0, 1)
-    dots = 1 / (1 + np.exp(-6.5 * ((1 - tone) * 1.06 - (1 - frame.screen("slant")))))
-    share = np.maximum(0.94 * dots, 0.75 * frame.contours)
+    tone = np.clip(blur(frame.lit, 1.2) + 0.8 * (blur(frame.lit, 1.2) - blur(frame.lit, 4.5)), 0, 1)
+    dots = 1 / (1 + np.exp(-5.5 * ((1 - tone) * 1.06 - (1 - frame.screen("slant")))))
+    share = np.maximum(0.96 * dots, 0.75 * blur(frame.contours, 0.7))
     paper = np.ones_like(frame.rgb) * np.array([0.90, 0.875, 0.81], np.float32)
     return mix(paper, (0.09, 0.085, 0.09), np.asarray(share, np.float32))
 
 
 def mosaic(frame: Frame) -> Plane:
     """A Roman floor: uneven stones with pale grout; terracotta and gold for warm colours, the sea for the others."""
-    smooth = saturate(frame.flat, 1.3)
+    smooth = saturate(frame.lit_flat, 1.4)
     stone = 0.62 * frame.panes(_TESSERAE, smooth, 2.2) + 0.38 * blur(smooth, 1.0)
-    tone = np.clip((stone @ _LUMA) ** 0.9 + 0.05 * frame.tiled(_TONES[_TESSERAE.pane]), 0, 1).astype(np.float32)
-    warm = palette(tone, [(40, 16, 18), (124, 44, 28), (196, 92, 48), (232, 172, 84), (255, 236, 190)])
-    cool = palette(tone, [(8, 22, 48), (12, 70, 104), (32, 132, 146), (126, 196, 186), (246, 240, 214)])
+    tone = np.clip(0.42 + 1.25 * ((stone @ _LUMA) - 0.5) + 0.05 * frame.tiled(_TONES[_TESSERAE.pane]), 0, 1).astype(
+        np.float32
+    )
+    warm = palette(tone, [(40, 14, 20), (132, 40, 26), (206, 88, 42), (240, 176, 64), (255, 240, 200)])
+    cool = palette(tone, [(8, 20, 52), (8, 66, 112), (22, 132, 156), (120, 204, 196), (244, 244, 226)])
     share = ramp((stone[..., 0] - stone[..., 2]).astype(np.float32), -0.04, 0.14)
-    colour = 0.85 * mix(cool, warm, share) + 0.15 * stone
+    colour = 0.72 * mix(cool, warm, share) + 0.28 * saturate(np.asarray(stone, np.float32), 1.8)
     rim: Plane = frame.tiled(_TESSERAE.rim)
     colour = colour * (0.90 + 0.16 * ramp(rim, 0.8, 3.5))[..., None]
-    outlined = mix(np.asarray(colour, np.float32), (0.05, 0.06, 0.11), 0.8 * frame.contours)
-    return mix(outlined, (0.80, 0.73, 0.62), 0.55 * (1 - ramp(rim, 0.2, 1.7)))
+    outlined = mix(np.asarray(colour, np.float32), (0.05, 0.06, 0.11), 0.8 * blur(frame.contours, 0.7))
+    return mix(outlined, (0.86, 0.80, 0.68), 0.6 * (1 - ramp(rim, 0.2, 1.7)))
 
 
 def stainedglass(frame: Frame) -> Plane:
     """A church window: glowing saturated panes, dark lead between them and along strong contours."""
     smooth = blur(frame.flat, 1.0)
-    pane = 0.55 * frame.panes(_GLASS, smooth, 3.0) + 0.45 * smooth
+    pane = 0.5 * frame.panes(_GLASS, smooth, 3.5) + 0.5 * smooth
     tone = (pane @ _LUMA).astype(np.float32)
     shine = (0.5 * tone + 0.5 * blur(frame.lit, 1.5)).astype(np.float32)
     bright = 0.12 + 0.80 * posterise(np.clip(shine, 1e-3, 1) ** 0.8, 5, 0.3)
-    bright = bright + 0.09 * frame.tiled(_TONES[_GLASS.pane + 2])
     glass = pane * (bright / (tone + 0.06))[..., None]
     chroma = glass - (glass @ _LUMA)[..., None]
     # glass is never grey: cool light in what has no colour
     glass = glass + 2.0 * chroma * np.array([1.0, 0.9, 1.0], np.float32) + np.array([-0.05, -0.01, 0.09], np.float32)
     rim: Plane = frame.tiled(_GLASS.rim)
-    glass = glass * (0.86 + 0.26 * ramp(rim, 0.5, 5.0))[..., None]
-    came = blur(ramp(blur(frame.lit, 3.8) - blur(frame.lit, 1.3), 0.014, 0.05), 0.8)
-    lead = np.maximum(0.55 * (1 - ramp(rim, 0.1, 1.8)), came)
+    glass = glass * (0.80 + 0.34 * ramp(rim, 0.5, 7.0))[..., None]
+    came = blur(ramp(blur(frame.lit, 3.6) - blur(frame.lit, 1.3), 0.016, 0.06), 0.8)
+    lead = np.maximum(0.68 * (1 - ramp(rim, 0.2, 2.0)), came)
     return mix(np.clip(glass, 0, 1).astype(np.float32), (0.045, 0.04, 0.05), np.asarray(lead, np.float32))
 
 
 def lowpoly(frame: Frame) -> Plane:
     """Flat triangles, each with its own light as if the picture were folded paper."""
-    smooth = saturate(frame.flat, 1.45)
+    smooth = saturate(frame.lit_flat, 1.45)
     facet = frame.panes(_TRIANGLES, smooth, 2.0)
     light = np.array([1.0, 0.3, -0.35, -1.0], np.float32)[_TRIANGLES.pane]
     tone = facet * (1 + 0.11 * frame.tiled(light))[..., None]
