@@ -428,10 +428,10 @@ def stainedglass(frame: Frame) -> Plane:
 
 def lowpoly(frame: Frame) -> Plane:
     """Flat triangles, each with its own light as if the picture were folded paper."""
-    smooth = saturate(frame.lit_flat, 1.45)
+    smooth = saturate(frame.lit_flat, 1.6)
     facet = frame.panes(_TRIANGLES, smooth, 2.0)
     light = np.array([1.0, 0.3, -0.35, -1.0], np.float32)[_TRIANGLES.pane]
-    tone = facet * (1 + 0.11 * frame.tiled(light))[..., None]
+    tone = facet * (1 + 0.18 * frame.tiled(light))[..., None]
     return np.asarray(0.78 * tone + 0.22 * smooth + 0.02, np.float32)
 
 
