@@ -1,7 +1,7 @@
 # Each target sets up what it needs (scripts/setup): `make run` or `make test` is all a fresh machine takes.
 # ARGS is passed on, as in: make run ARGS="--port 9000"     make test ARGS="tests/engine -k vae"
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench train doctor clean
+.PHONY: help run test lint bench train eval doctor clean
 BIN := .venv/bin
 export PYTHON
 # torch's own threads only get in each other's way here (see docs/architecture.md).
@@ -33,6 +33,10 @@ bench:  ## measure this machine: the model by parts, the engine's passes, one pa
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train
 	@$(BIN)/python -m engine.training.run $(ARGS)
+
+eval:  ## judge the embedded model on people it never saw; figures into its card (ARGS="--quick": minutes, no card)
+	@scripts/setup train
+	@$(BIN)/python -m engine.training.evaluate $(ARGS)
 
 doctor:  ## what this machine can do, and what is wrong with it
 	@scripts/setup run

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Figures = Mapping[str, Any]
+Styles = Mapping[str, Mapping[str, float]]
+
+PHOTO = "photo"
+# Judged by style vector and eye as well: strokes need not lie where the teacher's do.
+PAINTED = frozenset({"watercolor", "oil", "starry", "impressionist"})
+FORMAT = 2
 
 _HEAD = """# livebrush-tiny
 
@@ -55,49 +66,256 @@ _LIMITS = """
 `python -m engine.training.run --people ../shared/data` (see `engine/training/DATA.md`).
 """
 
-_COLUMNS = {
-    "psnr_db": "model to teacher, dB",
-    "source_psnr_db": "source to teacher, dB",
-    "ceiling_psnr_db": "autoencoder ceiling, dB",
-    "unseen_phrase_psnr_db": "unseen phrase, dB",
-    "nearest_is_asked": "style right",
-    "nearest_is_asked_unseen": "style right, unseen phrase",
-    "warp_error": "warp error",
-    "teacher_warp_error": "teacher's warp error",
+# Measures in the order of the tables: key, heading, digits, and whether more is better.
+_MEASURES: tuple[tuple[str, str, int, bool], ...] = (
+    ("psnr_db", "PSNR, dB", 1, True),
+    ("ssim", "SSIM", 3, True),
+    ("perceptual", "perceptual distance", 3, False),
+    ("style_cosine", "style cosine", 3, True),
+    ("nearest_known", "nearest is asked", 2, True),
+    ("nearest_unseen", "same, unseen phrase", 2, True),
+    ("classifier", "classifier agrees", 2, True),
+    ("edges_kept", "edges kept", 2, True),
+    ("landmarks_kept", "landmarks kept", 2, True),
+    ("warp_error", "warp error", 2, False),
+    ("flicker_ratio", "flicker, out over in", 2, False),
+    ("seam", "seam ratio", 2, False),
+    ("switch_frames", "frames to switch", 1, False),
+)
+# What is taken for noise between two runs, when models are compared.
+_NOISE = {
+    "psnr_db": 0.2,
+    "ssim": 0.005,
+    "perceptual": 0.005,
+    "style_cosine": 0.003,
+    "edges_kept": 0.01,
+    "landmarks_kept": 0.03,
+    "warp_error": 0.1,
+    "flicker_ratio": 0.03,
+    "seam": 0.05,
+    "nearest_known": 0.1,
+    "nearest_unseen": 0.1,
+    "classifier": 0.1,
+    "switch_frames": 0.5,
 }
+_EXPLAINED = """
+PSNR over whole clips, SSIM of brightness, perceptual distance (features of a small classifier trained on the teachers'
+pictures of training people) and style cosine (Magenta's style predictor) are to the steadied teacher. Nearest is asked:
+the teacher nearest to the output by PSNR, of all styles, is the one asked for. Edges kept: correlation of edge strength
+with the camera's clean picture. Landmarks kept: share of the clean picture's corners, in the face where one is found,
+whose surroundings lie at the same place in the output. Warp error: mean absolute difference of a frame to its
+predecessor moved along the clean picture's optical flow, 0 to 255. Flicker: spread over time of a still scene under
+noise of sigma 3, out over in. Seam: energy of frame differences at chunk borders over that inside. Switch: frames after
+a hard change of prompt until the new style is nearest for good. Averages leave the plain photo out.
+"""
 
 
-def model_card(
-    figures: Mapping[str, Mapping[str, float]], spent: Mapping[str, tuple[float, int]], notes: str = ""
-) -> str:
+@dataclass(frozen=True)
+class Verdict:
+    """One threshold beside what was measured; met is None where it was not measured."""
+
+    goal: str
+    measured: str
+    met: bool | None
+
+
+def model_card(figures: Figures, spent: Mapping[str, tuple[float, int]], notes: str = "") -> str:
     """README.md of the model folder.
 
     Args:
-        figures: what engine.training.evaluate wrote, by style and "mean"; may be empty.
+        figures: what engine.training.evaluate wrote; may be empty.
         spent: minutes and steps by training stage.
         notes: what else happened in this very training.
     """
-    styles = ", ".join(f"`{style}`" for style in figures if style != "mean") or "see styles.json"
+    styles = ", ".join(f"`{style}`" for style in _of_model(figures)) or "see styles.json"
     rows = [f"| {name} | {minutes:.0f} min | {steps} steps |" for name, (minutes, steps) in spent.items()]
     time = "\n".join(["| part | time | |", "| --- | --- | --- |", *rows]) + "\n"
-    return _HEAD.format(styles=styles) + time + notes + _measured(figures) + _LIMITS
+    return _HEAD.format(styles=styles) + time + notes + "\n" + measured(figures) + _LIMITS
 
 
-def _measured(figures: Mapping[str, Mapping[str, float]]) -> str:
-    if not figures:
-        return "\n## Measured\nNot yet evaluated.\n"
-    clips = int(figures["mean"]["clips"])
+def with_figures(card: str, figures: Figures) -> str:
+    """A card with its section "Measured" replaced, all else as it was."""
+    before, _, after = card.partition("## Measured\n")
+    _, following, rest = after.partition("\n## ")
+    return before.rstrip("\n") + "\n\n" + measured(figures) + (following + rest if following else "")
+
+
+def measured(figures: Figures) -> str:
+    """The section "Measured": thresholds, candidates, styles, misses."""
+    if not _of_model(figures):
+        return "## Measured\nNot yet evaluated.\n"
+    size = next(iter(figures["sizes"]))
+    main = figures["sizes"][size]
     lines = [
-        "",
         "## Measured",
-        f"Mean over {clips} held-out clips of 13 frames (people, backgrounds and unseen phrases were not trained on),",
-        "one step a chunk. Warp error: mean absolute difference of a frame to its flow-moved predecessor, 0 to 255.",
-        "Style right: share of clips whose last frame is nearest to the teacher asked for, of all 16.",
+        f"`make eval`: {len(main['clips'])} held-out clips of up to {figures['frames']} frames at {size} (no person,",
+        "room or unseen phrase among them was trained on), streamed chunk by chunk through the engine as it is served,",
+        f"{figures['steps']} step{'s' * (figures['steps'] > 1)} a chunk, weights {figures['sha256'][:12]}.",
+        _EXPLAINED,
+        *_goal_table(verdicts(figures)),
         "",
-        "| style | " + " | ".join(_COLUMNS.values()) + " |",
-        "| --- |" + " --- |" * len(_COLUMNS),
+        *_candidate_table(main["candidates"]),
+        "",
+        *_style_table(main["candidates"]),
     ]
-    lines += [
-        f"| {style} | " + " | ".join(f"{own[key]:g}" for key in _COLUMNS) + " |" for style, own in figures.items()
-    ]
+    for other, found in list(figures["sizes"].items())[1:]:
+        lines += ["", f"At {other}, {len(found['clips'])} clips:", "", *_candidate_table(found["candidates"])]
+    lines += _prompt_lines(figures) + _comparison(figures)
     return "\n".join(lines) + "\n"
+
+
+def verdicts(figures: Figures) -> list[Verdict]:
+    """The thresholds of this model, each with what was measured."""
+    candidates = next(iter(figures["sizes"].values()))["candidates"]
+    every, teacher = candidates["model"], candidates["teacher"]
+    styled = {style: own for style, own in every.items() if style != PHOTO}
+    filters = {style: own for style, own in styled.items() if style not in PAINTED}
+    painted = {style: own for style, own in styled.items() if style in PAINTED}
+    warp = {style: {"ratio": own["warp_error"] / teacher[style]["warp_error"]} for style, own in every.items()}
+    found = [
+        _mean("requested style is the nearest, known phrases", every, "nearest_known", ">=", 0.95),
+        _mean("requested style is the nearest, unseen phrases", every, "nearest_unseen", ">=", 0.85),
+        _mean("PSNR of drawn and printed styles, mean, dB", filters, "psnr_db", ">=", 27.0),
+        _worst("PSNR of drawn and printed styles, worst, dB", filters, "psnr_db", ">=", 22.0),
+        _mean("style cosine of painted styles, mean", painted, "style_cosine", ">=", 0.97),
+        _worst("warp error over the teacher's, worst", warp, "ratio", "<=", 1.3),
+        _middle("warp error over the teacher's, median", warp, "ratio", "<=", 1.1),
+        _worst("flicker of a still camera, out over in, worst", every, "flicker_ratio", "<=", 1.0),
+        _worst("seam ratio, worst", every, "seam", "<=", 1.1),
+        _worst("frames until a hard switch is complete, worst", every, "switch_frames", "<=", 3.0),
+    ]
+    for size, least in (("256x256", 32.0), ("384x224", 22.0)):
+        cost = figures["speed"][size]
+        text = f"{cost['fps']:.1f} ({cost['chunk_ms']:.0f} ms a chunk; {cost['cpu_fps']:.1f} by CPU time)"
+        found.append(Verdict(f"frames per second on one core at {size} at least {least:g}", text, cost["fps"] >= least))
+    files = figures["files"]
+    found.append(Verdict("file set at most 25 MB", f"{files['size_mb']:.1f}", files["size_mb"] <= 25))
+    found.append(Verdict("load to first frame under 1.0 s", f"{files['load_s']:.2f}", files["load_s"] < 1.0))
+    if (prompts := figures.get("prompts", {}).get("model")) and prompts["asked"]:
+        share = prompts["right"] / prompts["asked"]
+        text = f"{prompts['right']} of {prompts['asked']} whose style it knows"
+        found.append(Verdict("27 of 30 unseen prompts land where expected", text, share >= 0.9))
+    return found + [_drift_verdict(style, drift) for style, drift in figures.get("drift", {}).items()]
+
+
+def _mean(goal: str, styles: Styles, key: str, sign: str, bound: float) -> Verdict:
+    return _verdict(goal, [own[key] for own in styles.values()], statistics.mean, sign, bound)
+
+
+def _middle(goal: str, styles: Styles, key: str, sign: str, bound: float) -> Verdict:
+    return _verdict(goal, [own[key] for own in styles.values()], statistics.median, sign, bound)
+
+
+def _worst(goal: str, styles: Styles, key: str, sign: str, bound: float) -> Verdict:
+    """Names the worst style, and how many miss the bound."""
+    if not styles:
+        return Verdict(f"{goal} {sign} {bound:g}", "no such style", None)
+    choose = min if sign == ">=" else max
+    name = choose(styles, key=lambda style: styles[style][key])
+    missing = [style for style, own in styles.items() if not _holds(own[key], sign, bound)]
+    text = f"{styles[name][key]:.2f} ({name}; {len(missing)} of {len(styles)} miss it)"
+    return Verdict(f"{goal} {sign} {bound:g}", text, not missing)
+
+
+def _verdict(
+    goal: str, values: Iterable[float], average: Callable[[list[float]], float], sign: str, bound: float
+) -> Verdict:
+    listed = list(values)
+    if not listed:
+        return Verdict(f"{goal} {sign} {bound:g}", "no such style", None)
+    return Verdict(f"{goal} {sign} {bound:g}", f"{average(listed):.3f}", _holds(average(listed), sign, bound))
+
+
+def _holds(value: float, sign: str, bound: float) -> bool:
+    return value >= bound if sign == ">=" else value <= bound
+
+
+def _drift_verdict(style: str, drift: Mapping[str, float]) -> Verdict:
+    moved = {
+        name: abs(drift[f"late_{name}"] / (drift[f"early_{name}"] or 1.0) - 1)
+        for name in ("mean", "spread", "colour", "edges")
+    }
+    worst = max(moved, key=lambda name: moved[name])
+    text = f"{100 * moved[worst]:.2f} % ({worst}); last pass to the first minute's {drift['psnr_db']:.1f} dB"
+    goal = f"after {drift['minutes']:.3g} minutes of {style}, brightness, spread, colour and edges within 2 %"
+    return Verdict(goal, text, moved[worst] <= 0.02)
+
+
+def _goal_table(found: list[Verdict]) -> list[str]:
+    words = {True: "met", False: "**not met**", None: "not measured"}
+    rows = [f"| {verdict.goal} | {verdict.measured} | {words[verdict.met]} |" for verdict in found]
+    return ["| threshold | measured | |", "| --- | --- | --- |", *rows]
+
+
+def _candidate_table(candidates: Mapping[str, Styles]) -> list[str]:
+    """Means over styles: the models and, below them, the baselines."""
+    order = [name for name in ("model", "compare") if name in candidates]
+    order += sorted(set(candidates) - set(order), key=["teacher", "teacher per frame", "round trip", "input"].index)
+    rows = []
+    for name in order:
+        styled = [own for style, own in candidates[name].items() if style != PHOTO]
+        cells = [
+            f"{statistics.mean(values):.{digits}f}" if (values := [own[key] for own in styled if key in own]) else ""
+            for key, _, digits, _ in _MEASURES
+        ]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [_heading("mean of styles"), "| --- |" + " --- |" * len(_MEASURES), *rows]
+
+
+def _style_table(candidates: Mapping[str, Styles]) -> list[str]:
+    """The model style by style; in brackets what PSNR has as floor and ceiling, and the teacher's own."""
+    rows = []
+    for style, own in candidates["model"].items():
+        teacher = candidates["teacher"][style]
+        floor, ceiling = (candidates[name][style]["psnr_db"] for name in ("input", "round trip"))
+        beside = {
+            "psnr_db": f" ({floor:.1f}, {ceiling:.1f})",
+            **{key: f" ({teacher[key]:.2f})" for key in ("edges_kept", "landmarks_kept", "warp_error", "seam")},
+        }
+        cells = [f"{own[key]:.{n}f}{beside.get(key, '')}" if key in own else "" for key, _, n, _ in _MEASURES]
+        rows.append(f"| {style} | " + " | ".join(cells) + " |")
+    note = "By style; in brackets PSNR of the input and of the autoencoder's round trip, else the teacher's own value:"
+    return [note, "", _heading("style"), "| --- |" + " --- |" * len(_MEASURES), *rows]
+
+
+def _heading(first: str) -> str:
+    return f"| {first} | " + " | ".join(heading for _, heading, _, _ in _MEASURES) + " |"
+
+
+def _prompt_lines(figures: Figures) -> list[str]:
+    prompts = figures.get("prompts", {}).get("model")
+    if not prompts or not prompts["misses"]:
+        return []
+    return ["", "Unseen prompts (`tests/engine/unseen_phrases.txt`) that land elsewhere:", ""] + [
+        f"- {miss}" for miss in prompts["misses"]
+    ]
+
+
+def _comparison(figures: Figures) -> list[str]:
+    """What got worse beside the other model, and the median style's change by every measure."""
+    if not figures.get("compare"):
+        return []
+    candidates = next(iter(figures["sizes"].values()))["candidates"]
+    new, old = candidates["model"], candidates["compare"]
+    shared = [style for style in new if style in old]
+    lines = ["", f"Beside `{figures['compare']}`, {len(shared)} styles that both know:", ""]
+    lines += ["| measure | median change | better | worse beyond noise |", "| --- | --- | --- | --- |"]
+    for key, heading, digits, more in _MEASURES:
+        gains = {
+            s: (new[s][key] - old[s][key]) * (1 if more else -1) for s in shared if key in new[s] and key in old[s]
+        }
+        if not gains:
+            continue
+        worse = [f"{style} ({-gain:.{digits}f})" for style, gain in gains.items() if gain < -_NOISE[key]]
+        change = statistics.median(gains.values()) * (1 if more else -1)
+        better = sum(gain > 0 for gain in gains.values())
+        lines.append(f"| {heading} | {change:+.{digits}f} | {better} of {len(gains)} | {', '.join(worse) or 'none'} |")
+    return lines
+
+
+def _of_model(figures: Figures) -> Styles:
+    """The model's figures by style at the first size; empty for none, or for those of an older evaluation."""
+    if figures.get("format") != FORMAT:
+        return {}
+    found: Styles = next(iter(figures["sizes"].values()))["candidates"]["model"]
+    return found

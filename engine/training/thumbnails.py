@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from engine.training.data import held_out_portraits
-from engine.training.evaluate import restyle_clip
 from engine.training.export import MODEL_FOLDER
+from engine.training.playback import restyle_clip
 from engine.wan.weights import Model, load_model
 
 SIZE_PX = 256

@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from engine.training import export as exporting
 from engine.training import latents, train_vae
 from engine.training.budget import Budget, load_checkpoint
-from engine.training.card import model_card
 from engine.training.data import STYLES, Shard, shard_paths
-from engine.training.evaluate import measure, restyle_clip
 from engine.training.optimisers import Muon, orthogonalise, split_parameters
 from engine.training.phrases import BY_ID
+from engine.training.playback import restyle_clip
 from engine.training.teachers import Picture, stylise_clip
 from engine.training.text_table import compress
 from engine.training.thumbnails import write_thumbnails
@@ -145,18 +144,6 @@ def test_export_loads_as_the_engine_loads_it_and_restyles(work: Path, tmp_path: 
     out = restyle_clip(model, clip, "watercolor painting")
     assert out.shape == clip.shape
     assert np.array_equal(out, restyle_clip(model, clip, "watercolor painting"))
-
-
-def test_evaluation_names_every_style_it_saw_and_fills_the_card(work: Path, tmp_path: Path) -> None:
-    trained(work, 1, steps=1)[0].save()
-    exporting.export(work, tmp_path / "model")
-    figures = measure(load_model(tmp_path / "model", "cpu"), work, clips=1)
-    assert set(figures) == {"photo", "watercolor", "thermal", "mean"}
-    assert all(0 <= own["nearest_is_asked"] <= 1 for own in figures.values())
-    assert figures["photo"]["ceiling_psnr_db"] > 15
-    card = model_card(figures, exporting.training_minutes(work))
-    assert "| watercolor |" in card
-    assert "transformer, stage 1" in card
 
 
 def test_thumbnails_are_written_for_every_style(work: Path, tmp_path: Path) -> None:
