@@ -59,6 +59,20 @@ class StreamParams(BaseModel):
         return self.blend or (WeightedPrompt(text=self.prompt),)
 
 
+class Understood(BaseModel):
+    """What a model that knows a number of styles made of one prompt.
+
+    styles: ids and shares, the greatest first. score: 0 to 1, how near the prompt is to them; a low one means that
+    they are only the nearest there are. modifiers: colours and moods that lie over the picture.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    styles: tuple[tuple[str, float], ...] = Field(min_length=1)
+    score: float
+    modifiers: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class FrameChunk:
     """Consecutive camera frames, the unit the engine takes.
@@ -81,6 +95,7 @@ class RenderedChunk:
     revision: the newest `EngineStream.update` that shaped these frames (0: the parameters at opening).
     fault: empty; or why the model's picture was withheld ("nan", "black", "frozen", "text_pending"): frames are then
         the camera's own, as they came.
+    understood: what each prompt in force was taken for, in their order; empty where any words are understood.
     engine_started_at, engine_finished_at: when the engine took the chunk up and was done with it.
     """
 
@@ -92,6 +107,7 @@ class RenderedChunk:
     engine_started_at: float
     engine_finished_at: float
     fault: str = ""
+    understood: tuple[Understood, ...] = ()
 
 
 class EngineState(StrEnum):

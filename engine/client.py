@@ -22,6 +22,7 @@ from engine.api import (
     RenderedChunk,
     StreamCounters,
     StreamParams,
+    Understood,
 )
 from engine.chunks import ChunkCost, check_shape
 from engine.config import EngineSettings, ServingProfile
@@ -67,6 +68,7 @@ class LocalStream:
         self._in_flight: dict[int, tuple[int, FrameChunk]] = {}
         self._results = ResultQueue(self.counters)
         self._revision = 0
+        self._understood: tuple[Understood, ...] = ()
 
     def submit(self, chunk: FrameChunk) -> None:
         """See `EngineStream.submit`."""
@@ -103,6 +105,8 @@ class LocalStream:
         if message.fault:
             self.counters.faults[message.fault] = self.counters.faults.get(message.fault, 0) + 1
         self.counters.reanchored += message.reanchored
+        if message.understood is not None:
+            self._understood = message.understood
         frames = self._engine.memory.slot(self.region, slot, len(chunk.frames)).copy()
         self._free.append(slot)
         self._results.put(
@@ -115,6 +119,7 @@ class LocalStream:
                 engine_started_at=message.started_at,
                 engine_finished_at=message.finished_at,
                 fault=message.fault,
+                understood=self._understood,
             )
         )
 

@@ -29,6 +29,7 @@ from engine.api import (
     RenderedChunk,
     StreamCounters,
     StreamParams,
+    Understood,
 )
 from engine.chunks import check_shape
 from engine.config import CHUNK_FRAMES
@@ -106,6 +107,7 @@ class FakeEngine:
     delay_s: how long a chunk takes; may be changed while it runs. load_s: how long `start` takes to become ready.
     first_chunk_frames: of a stream's first chunk. held_chunks: a chunk comes back when this many newer ones have been
         taken up, as in mode `batch` with one step more.
+    understands: what a prompt is taken for, by its text; nothing else is told of.
     fault: while not empty, chunks come back as the camera's own with this reason. reanchor: the next chunk that
         comes back has begun its stream's cache anew.
     """
@@ -126,6 +128,7 @@ class FakeEngine:
         self.max_streams = max_streams
         self.first_chunk_frames = first_chunk_frames
         self.held_chunks = held_chunks
+        self.understands: dict[str, Understood] = {}
         self.fault = ""
         self.reanchor = False
         self.streams: dict[int, FakeStream] = {}
@@ -244,6 +247,9 @@ class FakeEngine:
                 engine_started_at=started,
                 engine_finished_at=time.monotonic(),
                 fault=fault,
+                understood=tuple(
+                    self.understands[prompt.text] for prompt in stream.params.prompts if prompt.text in self.understands
+                ),
             )
         )
 

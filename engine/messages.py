@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from engine.api import EngineState, StreamParams
+from engine.api import EngineState, StreamParams, Understood
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -68,7 +68,10 @@ class Status(_Message):
 
 
 class Done(_Message):
-    """Rank to server: the slot holds the restyled frames of the chunk."""
+    """Rank to server: the slot holds the restyled frames of the chunk.
+
+    understood: see `RenderedChunk`; None: as in the chunk before.
+    """
 
     kind: Literal["done"] = "done"
     stream: int
@@ -79,6 +82,7 @@ class Done(_Message):
     finished_at: float
     fault: str = ""
     reanchored: bool = False
+    understood: tuple[Understood, ...] | None = None
 
 
 class Dropped(_Message):

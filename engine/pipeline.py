@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.api import StreamParams
+from engine.api import StreamParams, Understood
 from engine.attention import attention_for
 from engine.config import CacheConfig, SamplingConfig
 from engine.denoise import StreamBatch
@@ -24,6 +24,7 @@ from engine.lanes import Lanes
 from engine.noise_control import MotionState, next_level, remember
 from engine.prompts import PromptState
 from engine.session import FixedNoise, FreshNoise, Item, NoiseSource, SessionState
+from engine.wan.grade import apply, scaled
 from engine.wan.transformer import PromptContext
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
 from engine.wan.weights import Model
@@ -41,6 +42,7 @@ class Rendered:
 
     frames: [T, H, W, 3] uint8 on the model's device; None when there was no prompt to render it with yet.
     figures: what `engine.health` judges by, float32, on the model's device.
+    understood: see `RenderedChunk`.
     """
 
     state: SessionState
@@ -48,6 +50,7 @@ class Rendered:
     revision: int
     frames: Tensor | None
     figures: Tensor | None
+    understood: tuple[Understood, ...] = ()
 
 
 class Pipeline:
@@ -253,6 +256,8 @@ class Pipeline:
             rows=rows,
             pipelined=together,
             camera=camera,
+            grade=self._grade(state),
+            understood=state.prompts.understood,
         )
         self._count(state, count)
         return item
@@ -310,12 +315,27 @@ class Pipeline:
     # --- parts
 
     def _finish(self, item: Item) -> Rendered:
-        with self.lanes.decode(item.clean, item.camera):
+        grade = item.grade
+        with self.lanes.decode(item.clean, item.camera, *(() if grade is None else (grade,))):
             frames_TCHW = self.decode(item)
+            # Judged as the model made it: a night is no black picture.
             figures = self._figures(item, frames_TCHW)
-            shown = frames_TCHW.clamp(-1, 1).add_(1).mul_(127.5).round_()
+            shown = frames_TCHW.clamp(-1, 1)
+            if grade is not None:
+                shown = apply(grade, shown.float()).clamp_(-1, 1)
+            shown = shown.add_(1).mul_(127.5).round_()
             frames_THWC = shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures)
+        return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures, item.understood)
+
+    def _grade(self, state: SessionState) -> Tensor | None:
+        """What the prompts in force add to the picture, at the stream's strength, on the device; None: nothing."""
+        wanted, strength = state.prompts.grade, state.params.strength
+        if wanted is None or strength <= 0:
+            return None
+        if state.graded is None or state.graded[0] is not wanted or state.graded[1] != strength:
+            with self.lanes.aside():
+                state.graded = (wanted, strength, scaled(wanted, strength).to(self.model.device))
+        return state.graded[2]
 
     def _count(self, state: SessionState, frames: int) -> None:
         state.chunks += 1
@@ -397,10 +417,6 @@ class Pipeline:
         finite = frames_TCHW.sum(dtype=torch.float32).isfinite().float()
         figures = (energy, scale, change, *item.camera.unbind(), finite)
         return torch.cat((pixels.mean(1), pixels.std(1), torch.stack(figures)))
-
-    def nearest_style(self, prompt: str) -> tuple[str, float] | None:
-        """Id of the known style that a prompt is nearest to and the cosine of the two; None for an empty prompt."""
-        return self.model.styles.nearest(prompt)
 
 
 def _by_length(items: Iterable[Item]) -> list[list[Item]]:

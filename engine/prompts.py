@@ -1,4 +1,4 @@
-"""What a stream's prompts amount to, chunk by chunk: blends by weight and transitions over time.
+"""What a stream's prompts amount to, chunk by chunk: blends by weight and transitions over time, colours included.
 
 Text states are mixed, not pictures: a blend of two prompts is one prompt to the transformer. The text encoder may live
 elsewhere and take seconds; until it has answered, a stream keeps what it shows.
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.api import WeightedPrompt
+from engine.api import Understood, WeightedPrompt
+from engine.wan.grade import mix
 from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.transformer import PromptContext
 
@@ -20,14 +21,24 @@ Contextualise = Callable[[Tensor, Tensor], PromptContext]
 
 @dataclass(frozen=True)
 class Embedding:
-    """Text states [L, K] and their mean [K] of a blend, or of a moment between two."""
+    """Text states [L, K], their mean [K] and colours of a blend, or of a moment between two.
+
+    grade: see `engine.wan.grade`; None changes nothing. understood: of each prompt, where the encoder tells.
+    """
 
     states: Tensor
     mean: Tensor
+    grade: Tensor | None = None
+    understood: tuple[Understood, ...] = ()
 
     def towards(self, goal: "Embedding", share: float) -> "Embedding":
         """The straight way to `goal`: 0 here, 1 there."""
-        return Embedding(torch.lerp(self.states, goal.states, share), torch.lerp(self.mean, goal.mean, share))
+        return Embedding(
+            torch.lerp(self.states, goal.states, share),
+            torch.lerp(self.mean, goal.mean, share),
+            mix([(1 - share, self.grade), (share, goal.grade)]),
+            goal.understood,
+        )
 
 
 def embed(prompts: tuple[WeightedPrompt, ...], encode: Encode) -> Embedding | None:
@@ -36,13 +47,17 @@ def embed(prompts: tuple[WeightedPrompt, ...], encode: Encode) -> Embedding | No
     known = [one for one in encoded if one is not None]
     if len(known) < len(prompts):
         return None
+    understood = tuple(
+        Understood(styles=one.styles, score=one.score, modifiers=one.modifiers) for one in known if one.styles
+    )
     if len(known) == 1:
-        return Embedding(known[0].states, known[0].mean)
+        return Embedding(known[0].states, known[0].mean, known[0].grade, understood)
     total = sum(prompt.weight for prompt in prompts)
     shares = [prompt.weight / total for prompt in prompts]
     states = torch.stack([share * one.states.float() for share, one in zip(shares, known, strict=True)]).sum(0)
     mean = torch.stack([share * one.mean.float() for share, one in zip(shares, known, strict=True)]).sum(0)
-    return Embedding(states.to(known[0].states.dtype), mean.to(known[0].mean.dtype))
+    grade = mix([(share, one.grade) for share, one in zip(shares, known, strict=True)])
+    return Embedding(states.to(known[0].states.dtype), mean.to(known[0].mean.dtype), grade, understood)
 
 
 @dataclass
@@ -50,13 +65,16 @@ class PromptState:
     """The prompts of one stream: those wanted, and how far it has come to them.
 
     context: text keys and values in force; None until the first prompt is encoded. changed: whether the last `advance`
-    reached new prompts, which is when a cache may be rewritten for them.
+    reached new prompts, which is when a cache may be rewritten for them. grade, understood: as in `Embedding`, of the
+    moment that `context` is of.
     """
 
     wanted: tuple[WeightedPrompt, ...]
     transition_chunks: int = 0
     context: PromptContext | None = None
     changed: bool = False
+    grade: Tensor | None = None
+    understood: tuple[Understood, ...] = ()
     _now: Embedding | None = None
     _origin: Embedding | None = None
     _goal: Embedding | None = None
@@ -97,3 +115,4 @@ class PromptState:
         else:
             self._now = self._origin.towards(self._goal, self._done / (self._chunks + 1))
         self.context = contextualise(self._now.states, self._now.mean)
+        self.grade, self.understood = self._now.grade, self._now.understood

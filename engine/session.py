@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.api import StreamParams
+from engine.api import StreamParams, Understood
 from engine.flow_match import ChunkSchedule, SamplingPlan
 from engine.health import HealthMonitor
 from engine.kv_cache import CacheRow
@@ -60,7 +60,8 @@ class Item:
 
     source, clean: [1, T, C, H, W], the encoded chunk and what the last step made of it. rows: the cache row of each
     step. pipelined: whether its steps run beside those of other chunks. frames: camera frames of the chunk, as many are
-    shown. slots: where the current row keeps the chunk.
+    shown. slots: where the current row keeps the chunk. grade: what its prompt adds to the decoded picture, on the
+    device. understood: see `RenderedChunk`.
     """
 
     state: "SessionState"
@@ -75,6 +76,8 @@ class Item:
     rows: list[CacheRow]
     pipelined: bool
     camera: Tensor
+    grade: Tensor | None = None
+    understood: tuple[Understood, ...] = ()
     look: Tensor | None = None
     sink: Tensor | None = None
     slots: Tensor | None = None
@@ -101,7 +104,8 @@ class SessionState:
 
     rows: its cache rows, one, or one a step. in_flight: chunks between their first and last step, oldest first.
     revision: of the parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made,
-    for telling a frozen picture. history: of the last chunks, as many as the window
+    for telling a frozen picture. graded: the grade that the prompts ask for, the strength, and both together on the
+    device. history: of the last chunks, as many as the window
     has frames. primed: as many rows hold the stream,
     ready for the steps of successive chunks together.
     """
@@ -119,6 +123,7 @@ class SessionState:
     in_flight: deque[Item] = field(default_factory=deque)
     camera: Tensor | None = None
     shown: Tensor | None = None
+    graded: tuple[Tensor, float, Tensor] | None = None
     revision: int = 0
     pending_revision: int | None = None
     primed: int = 0

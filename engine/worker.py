@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from engine.api import EngineError, EngineState, Frames, StreamParams
+from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
 from engine.chunks import ChunkCost
 from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig, ServingProfile
 from engine.frame_memory import FrameLayout, FrameMemory
@@ -102,11 +102,12 @@ class _Entered:
 @dataclass(slots=True)
 class _Stream:
     """A stream in this rank: its model state, a parameter change that waits for the next chunk border, and the
-    chunks inside, oldest first."""
+    chunks inside, oldest first. told: what the server knows the prompts were taken for."""
 
     state: SessionState
     pending: Update | None = None
     entered: deque[_Entered] = field(default_factory=deque)
+    told: tuple[Understood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class _Result:
     revision: int
     frames: Download | None
     figures: Download | None
+    understood: tuple[Understood, ...]
 
 
 class Worker:
@@ -296,6 +298,7 @@ class Worker:
                     done.revision,
                     None if done.frames is None else download(done.frames),
                     None if done.figures is None else download(done.figures),
+                    done.understood,
                 )
                 for done in self._pipeline.tick(jobs)
             ]
@@ -338,7 +341,7 @@ class Worker:
             self._memory.slot(result.stream, entered.item.slot, entered.item.frames)[:] = frames
         if verdict.fault and verdict.fault != "text_pending":
             log.warning("stream %d: chunk %d withheld: %s", result.stream, entered.item.chunk, verdict.fault)
-        self._done(result, entered, verdict)
+        self._done(result, stream, entered, verdict)
         if verdict.drifted:
             self._pipeline.reanchor(stream.state)
         if verdict.reset:
@@ -347,10 +350,12 @@ class Worker:
                 self._deliver(self._passes.popleft())
             lost = self._pipeline.reset(stream.state)
             for _ in lost:
-                self._done(result, stream.entered.popleft(), verdict)
+                self._done(result, stream, stream.entered.popleft(), verdict)
 
-    def _done(self, result: _Result, entered: _Entered, verdict: Verdict) -> None:
+    def _done(self, result: _Result, stream: _Stream, entered: _Entered, verdict: Verdict) -> None:
         finished = time.monotonic()
+        news = result.understood if result.understood != stream.told else None
+        stream.told = result.understood
         self._cost.on_done(entered.started_at, finished)
         self._connection.send(
             Done(
@@ -362,6 +367,7 @@ class Worker:
                 finished_at=finished,
                 fault=verdict.fault,
                 reanchored=verdict.drifted or verdict.reset,
+                understood=news,
             )
         )
 

@@ -36,10 +36,8 @@ def mix(parts: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
     return torch.stack([weight / total * (identity() if grade is None else grade) for weight, grade in parts]).sum(0)
 
 
-def scaled(grade: Tensor | None, strength: float) -> Tensor | None:
-    """A grade at part of its strength; None, the identity, at 0."""
-    if grade is None or strength <= 0:
-        return None
+def scaled(grade: Tensor, strength: float) -> Tensor:
+    """A grade at part of its strength; the identity at 0."""
     return torch.lerp(identity(), grade, strength)
 
 
@@ -226,6 +224,9 @@ OBJECTS = _words(
     "shoes car wall walls door chair sofa couch curtain curtains lipstick nose beard glasses flower flowers rose "
     "roses ball balloon balloons carpet cat dog panda bull"
 )
+
+# Moods that act also from inside a style's phrase: sepia must give way in "a black and white film".
+FREE: dict[str, frozenset[str]] = {"vintage": frozenset({"monochrome"})}
 
 # A word that a style means anyway says nothing more: a neon picture is dark, a night vision green.
 OWN: dict[str, frozenset[str]] = {

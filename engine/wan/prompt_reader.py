@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.wan import grade as grades
-from engine.wan.grade import AMOUNTS, MODIFIERS, OBJECTS, OWN, SLIGHT, SLIGHT_ENDING
+from engine.wan.grade import AMOUNTS, FREE, MODIFIERS, OBJECTS, OWN, SLIGHT, SLIGHT_ENDING
 
 NEUTRAL = "photo"
 READER_KEYS = (
@@ -160,8 +160,13 @@ class PromptReader:
         self._shields = {
             phrase: style
             for phrase, style in self.weights.phrases.items()
-            if " " in phrase and any(word in triggers for word in phrase.split())
+            if " " in phrase
+            and any(word in triggers for word in phrase.split())
+            and not any(self._holds(phrase, mood) for mood in FREE.get(ids[style], ()))
         }
+
+    def _holds(self, phrase: str, mood: str) -> bool:
+        return any(f" {word} " in f" {phrase} " for word, known in self._modifier_words.items() if known == mood)
 
     # --- reading
 
@@ -278,18 +283,18 @@ class PromptReader:
     @staticmethod
     def _amount(before: list[str]) -> tuple[float, int]:
         """How much the words before a mood make of it, and how many of them belong to it."""
-        amount, said = 1.0, 0
+        amounts, said = [1.0], 0
         while said < min(4, len(before)):
             word = before[-1 - said]
             if word in AMOUNTS:
-                amount = 0.0 if AMOUNTS[word] == 0.0 else amount * AMOUNTS[word]
+                amounts.append(AMOUNTS[word])
             elif word not in ("a", "of", "so", "too", "any"):
                 break
             said += 1
         # An article that only stood before the mood's noun is no part of it.
         while said and before[-said] in ("a", "of", "so", "any") and not any(w in AMOUNTS for w in before[-said:]):
             said -= 1
-        return max(0.0, min(amount, 2.0)), said
+        return min(amounts) * max(amounts), said
 
     # --- spelling
 

@@ -222,10 +222,6 @@ class StaticTextEncoder:
     def close(self) -> None:
         """Nothing is held."""
 
-    def nearest_style(self, prompt: str, styles: Sequence["Style"]) -> tuple[str, float] | None:
-        """Id and cosine of the nearest style; see `StyleIndex`, which is cheaper for many prompts."""
-        return StyleIndex(self, styles).nearest(prompt)
-
 
 class Style(BaseModel):
     """A style the model was trained on, as `styles.json` lists it."""
@@ -240,37 +236,22 @@ class Style(BaseModel):
 
 
 class StyleIndex:
-    """Finds the known style that a free prompt means, so that the API can name it instead of pretending.
+    """The styles a model lists, and which of them a prompt means.
 
-    Without a table of words to measure by, as for Wan, only a style's own phrases are known.
+    Without something that reads prompts, as for Wan, only a style's own phrases are known.
     """
 
     def __init__(self, encoder: StaticTextEncoder | None, styles: Sequence[Style]) -> None:
         self.styles = tuple(styles)
-        self._encoder = encoder
+        self._reader = None if encoder is None else encoder.reader
         self._named = {
             normalise(phrase).strip(): style.id for style in self.styles for phrase in (style.prompt, *style.phrases)
         }
-        if encoder is not None and self.styles:
-            self._centroids = _unit(torch.stack([self._centroid(encoder, style) for style in self.styles]))
-
-    @staticmethod
-    def _centroid(encoder: StaticTextEncoder, style: Style) -> Tensor:
-        phrases = (style.prompt, *style.phrases)
-        return torch.stack([_unit(encoder.encode(phrase).mean) for phrase in phrases]).mean(0)
 
     def nearest(self, prompt: str) -> tuple[str, float] | None:
-        """Id and cosine (-1 to 1) of the nearest style; None without styles or without a known word."""
-        if self._encoder is None:
-            named = self._named.get(normalise(prompt).strip())
-            return None if named is None else (named, 1.0)
-        encoded = self._encoder.encode(prompt)
-        if not encoded.pieces or not self.styles:
-            return None
-        cosines = self._centroids @ _unit(encoded.mean)
-        best = int(cosines.argmax())
-        return self.styles[best].id, float(cosines[best])
-
-
-def _unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1, eps=1e-6)
+        """Id of the style and how near it is, 0 to 1; None where nothing tells."""
+        if self._reader is not None:
+            reading = self._reader.read(prompt)
+            return reading.styles[0][0], reading.score
+        named = self._named.get(normalise(prompt).strip())
+        return None if named is None else (named, 1.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.api import EngineError, StreamParams, WeightedPrompt
+from engine.api import EngineError, StreamParams, Understood, WeightedPrompt
 from engine.config import CacheConfig, SamplingConfig
 from engine.health import ChunkFigures
 from engine.pipeline import Mode, Pipeline, Rendered
@@ -20,7 +20,19 @@ from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.untrained import untrained_model, untrained_wan_model
 from engine.wan.vae import VAEState
 from engine.wan.weights import Model
-from tests.engine.streams import PLAIN, RESIDUAL, TINY, Frames, camera, opened, play, pooled_model, relative_rms, still
+from tests.engine.streams import (
+    FLOW,
+    PLAIN,
+    RESIDUAL,
+    TINY,
+    Frames,
+    camera,
+    opened,
+    play,
+    pooled_model,
+    relative_rms,
+    still,
+)
 
 MODES: tuple[Mode, ...] = ("sequential", "batch")
 
@@ -188,11 +200,90 @@ def test_a_size_that_is_not_whole_tokens_is_refused(width: int, height: int, sai
         Pipeline(untrained_model(TINY), width, height)
 
 
-def test_a_free_prompt_names_its_nearest_style(pipeline: Pipeline) -> None:
-    found = pipeline.nearest_style("a watercolour painting")
-    assert found is not None
-    assert found[0] == "watercolor"
-    assert pipeline.nearest_style("") is None
+# --- colours over the picture
+
+
+class ColouredText:
+    """One style for every prompt; a prompt that is a key adds its grade. Encodes at once."""
+
+    def __init__(self, **grades: Tensor) -> None:
+        self.grades = grades
+
+    def request(self, prompt: str) -> EncodedPrompt:
+        return self.encode(prompt)
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        states = torch.zeros(FLOW.text_len, FLOW.text_dim)
+        moods = (prompt,) if prompt in self.grades else ()
+        return EncodedPrompt(states, states[0], 1, (("ink", 1.0),), 0.5, self.grades.get(prompt), moods)
+
+    def close(self) -> None: ...
+
+
+SWAP = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+DIM = torch.tensor([[0.5, 0.0, 0.0, 0.1], [0.0, 0.5, 0.0, 0.1], [0.0, 0.0, 0.5, 0.1]])
+
+
+def coloured(mode: Mode = "sequential") -> Pipeline:
+    return wan(mode, model=replace(pooled_model(), text=ColouredText(swapped=SWAP, dim=DIM)))
+
+
+def played(pipeline: Pipeline, *turns: StreamParams) -> list[Frames]:
+    """One chunk a turn of a still camera; a turn with other parameters than the last changes them."""
+    state, out = pipeline.open(turns[0]), []
+    for turn in turns:
+        if turn != state.params:
+            pipeline.set_params(state, turn)
+        out.append(pipeline.render(state, still(4)))
+    return out
+
+
+def test_the_chunk_that_shows_a_prompt_shows_its_colours_and_the_next_prompt_drops_them() -> None:
+    plain, swapped, dim = (StreamParams(prompt=prompt) for prompt in ("plain", "swapped", "dim"))
+    without = played(coloured(), *[plain] * 4)
+    graded = played(coloured(), plain, swapped, dim, plain)
+    assert np.array_equal(graded[0], without[0])
+    assert np.array_equal(graded[1], without[1][..., ::-1])
+    assert np.abs(graded[2].astype(int) - np.round(without[2] / 2 + 25.5)).max() <= 1
+    assert np.array_equal(graded[3], without[3])
+
+
+def test_colours_follow_strength_and_leave_the_camera_alone_at_none() -> None:
+    half, none = (StreamParams(prompt="swapped", strength=strength) for strength in (0.5, 0.0))
+    plain_half, plain_none = (params.model_copy(update={"prompt": "plain"}) for params in (half, none))
+    (graded, camera_graded), (plain, camera_plain) = (
+        played(coloured(), half, none),
+        played(coloured(), plain_half, plain_none),
+    )
+    assert np.abs(graded.astype(int) - np.round((plain + plain[..., ::-1].astype(float)) / 2)).max() <= 1
+    assert np.array_equal(camera_graded, camera_plain)
+
+
+def test_colours_mix_in_a_blend_and_fade_in_a_transition() -> None:
+    swapped = StreamParams(prompt="swapped", transition_chunks=1)
+    plain = StreamParams(prompt="plain", transition_chunks=1)
+    blend = StreamParams(blend=(WeightedPrompt(text="plain"), WeightedPrompt(text="swapped")))
+    without = played(coloured(), *[plain] * 3)
+    (mixed,) = played(coloured(), blend)
+    halfway, whole = played(coloured(), plain, swapped, swapped)[1:]
+    for picture, of in ((mixed, without[0]), (halfway, without[1])):
+        assert np.abs(picture.astype(int) - np.round((of + of[..., ::-1].astype(float)) / 2)).max() <= 1
+    assert np.array_equal(whole, without[2][..., ::-1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_chunk_tells_what_its_own_prompts_were_taken_for(mode: Mode) -> None:
+    pipeline = coloured(mode)
+    state = pipeline.open(StreamParams(prompt="plain", steps=2))
+    told = []
+    for chunk in range(6):
+        if chunk == 3:
+            pipeline.set_params(state, StreamParams(prompt="dim", steps=2), revision=9)
+        told += [(done.revision, done.understood) for done in tick(pipeline, state, still(4))]
+    assert {revision for revision, _ in told} == {0, 9}
+    for revision, understood in told:
+        moods = ("dim",) if revision else ()
+        assert understood == (Understood(styles=(("ink", 1.0),), score=0.5, modifiers=moods),)
 
 
 # --- steps of successive chunks together

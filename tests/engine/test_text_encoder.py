@@ -92,17 +92,14 @@ def test_tables_of_different_length_are_refused() -> None:
         StaticTextEncoder(torch.zeros(12, 3, dtype=torch.int8), torch.ones(13, 1), VOCABULARY, 4)
 
 
-def test_the_nearest_style_is_named_with_its_cosine() -> None:
-    table = torch.zeros(len(VOCABULARY), 3, dtype=torch.int8)
-    for row, word in enumerate(("neon", "gray", "pen")):
-        table[VOCABULARY.index(word), row] = 100
-    text = StaticTextEncoder(table, torch.ones(len(VOCABULARY), 1, dtype=torch.float16), VOCABULARY, 4)
+def test_without_a_reader_only_a_styles_own_phrases_are_known() -> None:
     styles = [Style(id="n", name="Neon", prompt="neon"), Style(id="p", name="Pencil", prompt="pen", phrases=("gray",))]
-    for prompt, style, cosine in (("neon", "n", 1.0), ("grey", "p", 0.5**0.5)):
-        found = text.nearest_style(prompt, styles)
-        assert found is not None
-        assert found[0] == style
-        assert found[1] == pytest.approx(cosine)
-    index = StyleIndex(text, styles)
-    assert index.nearest("xyz") is None
-    assert StyleIndex(text, []).nearest("neon") is None
+    index = StyleIndex(encoder(), styles)
+    assert index.nearest("Grey") == ("p", 1.0)
+    assert index.nearest("gray neon") is None
+    assert StyleIndex(encoder(), []).nearest("neon") is None
+
+
+def test_without_a_reader_no_style_has_a_prompt() -> None:
+    with pytest.raises(KeyError, match="no reader"):
+        encoder().canonical("neon")
