@@ -47,6 +47,7 @@ class ServingProfile(_Frozen):
         default=1, description="frames of a stream's first chunk: 1, or 1 + 4 where the VAE's first call takes 1 alone"
     )
     steps: int = Field(default=1, ge=1, le=MAX_STEPS, description="denoising steps unless asked otherwise")
+    seed: bool = Field(default=True, description="whether another seed gives another picture; else it is not offered")
 
 
 class CacheConfig(_Frozen):

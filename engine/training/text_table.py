@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -189,13 +190,14 @@ def write_into(encoder: StaticTextEncoder, folder: Path) -> None:
         )
     tensors |= {f"text.{key}": tensor for key, tensor in encoder.reader.weights.to_tensors().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
-    config = json.loads((folder / CONFIG_FILE).read_bytes())
-    config["sha256"] = file_record(folder / WEIGHTS_FILE).sha256
+    (folder / WEIGHTS_FILE).chmod(0o644)
+    config = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    config = re.sub(r'("sha256": ")[0-9a-f]*"', rf'\g<1>{file_record(folder / WEIGHTS_FILE).sha256}"', config)
     styles = json.loads((folder / STYLES_FILE).read_bytes())
     for style in styles:
         style["phrases"] = list(BY_ID[style["id"]].phrases[1:])
-    for name, content in ((STYLES_FILE, styles), (CONFIG_FILE, config)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / STYLES_FILE).write_text(json.dumps(styles, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 def main() -> None:
