@@ -67,7 +67,15 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
         loop.set_default_executor(executor)
         metrics = ServerMetrics()
         loop.set_exception_handler(_count_strays(metrics))
-        context = SessionContext(engine, settings, metrics, executor, steps_max=most_steps)
+        context = SessionContext(
+            engine,
+            settings,
+            metrics,
+            executor,
+            steps_max=most_steps,
+            seed=_profile(settings.engine).seed,
+            style_names={style["id"]: style["name"] for style in styles},
+        )
         registry = SessionRegistry(context)
         runner = web.AppRunner(
             Signalling(context, registry, styles).application(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from engine.api import MAX_BLEND, MAX_PROMPT_CHARS, MAX_TRANSITION_CHUNKS, StreamParams, WeightedPrompt
+from engine.api import MAX_BLEND, MAX_PROMPT_CHARS, MAX_TRANSITION_CHUNKS, StreamParams, Understood, WeightedPrompt
 from engine.config import MAX_STEPS
 
 PROTOCOL_VERSION = 1
@@ -88,6 +89,20 @@ def shown_params(params: StreamParams, transition_s: float) -> dict[str, object]
     """The parameters in force as the page knows them."""
     shown = params.model_dump(exclude={"transition_chunks"})
     return shown | {"blend": [prompt.model_dump() for prompt in params.blend], "transition_s": transition_s}
+
+
+def shown_style(understood: Understood, names: Mapping[str, str]) -> dict[str, object]:
+    """What a prompt was taken for as the page knows it: the style, the second of a mixture, colours and moods."""
+
+    def named(style: str) -> dict[str, object]:
+        return {"id": style, "name": names.get(style, style)}
+
+    (first, _), *others = understood.styles
+    shown = named(first) | {"score": round(understood.score, 3), "modifiers": list(understood.modifiers)}
+    if others:
+        second, share = others[0]
+        shown["second"] = named(second) | {"share": round(share, 3)}
+    return shown
 
 
 class ControlError(Exception):

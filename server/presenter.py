@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from engine.api import Frames
+from engine.api import Frames, Understood
 from server.frames import OutgoingFrame
 
 CAMERA, RESTYLED = 0, 1
@@ -20,6 +20,7 @@ class Picture:
 
     chunk, revision: what it came back in and the parameters that shaped it (see RenderedChunk).
     withheld: the engine had a picture that was not fit to be shown: the camera stands in.
+    understood: what the prompts were taken for (see RenderedChunk).
     """
 
     index: int
@@ -29,6 +30,7 @@ class Picture:
     revision: int = 0
     chunk: int | None = None
     withheld: bool = False
+    understood: tuple[Understood, ...] = ()
 
 
 class View(StrEnum):

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.api import (
     Engine,
@@ -26,6 +26,7 @@ from engine.api import (
     RankLost,
     RenderedChunk,
     StreamParams,
+    Understood,
 )
 from engine.config import MAX_STEPS
 from server import control
@@ -78,6 +79,8 @@ class SessionContext:
     executor: Executor
     clock: Callable[[], float] = time.monotonic
     steps_max: int = MAX_STEPS
+    seed: bool = True
+    style_names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Session:
@@ -289,6 +292,7 @@ class Session:
                     chunk.revision,
                     chunk.index,
                     withheld=bool(chunk.fault),
+                    understood=chunk.understood,
                 )
                 for index, arrived_at, camera, restyled in zip(
                     chunk.frame_indices, chunk.captured_at, source.frames, chunk.frames, strict=True
@@ -334,7 +338,7 @@ class Session:
         self.metrics.on_release(now, picture.arrived_at, restyled=frame.kind == RESTYLED)
         peer.video_delay_s += AUDIO_DELAY_SMOOTHING * (now - picture.arrived_at - peer.video_delay_s)
         if picture.restyled is not None:
-            self._send_acks(self._acks.shown(picture.index, picture.revision, picture.chunk))
+            self._send_acks(self._acks.shown(picture.index, picture.revision, picture.chunk), picture.understood)
 
     # --- control and telemetry
 
@@ -392,8 +396,11 @@ class Session:
         else:
             self._acks.add(request_id, revision, self._clock())
 
-    def _send_acks(self, acks: list[Ack]) -> None:
+    def _send_acks(self, acks: list[Ack], understood: tuple[Understood, ...] = ()) -> None:
         assert self.peer is not None
+        styles = [control.shown_style(one, self._context.style_names) for one in understood]
+        weights = [prompt.weight for prompt in self.params.prompts]
+        first = weights.index(max(weights)) if len(weights) == len(styles) else 0
         for ack in acks:
             self.peer.send_control(
                 control.encode(
@@ -402,6 +409,8 @@ class Session:
                     first_frame=ack.first_frame,
                     first_chunk=ack.first_chunk,
                     params=control.shown_params(self.params, self.transition_s),
+                    style=styles[first] if styles else None,
+                    styles=styles if len(styles) > 1 else None,
                 )
             )
 

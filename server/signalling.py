@@ -151,6 +151,7 @@ class Signalling:
             "fps": settings.max_fps,
             "steps": settings.steps,
             "steps_max": self._context.steps_max,
+            "seed": self._context.seed,
             "styles": self._styles,
         }
         return web.json_response({"models": [model]})

@@ -52,7 +52,7 @@ async function main() {
   }
   const first = styles.find((style) => style.id === FIRST_STYLE) ?? styles[0];
   await session.set({ prompt: first?.prompt ?? "", steps: model?.steps ?? 1, ...settings });
-  ui.setStyles(styles, model?.steps_max ?? 1);
+  ui.setStyles(styles, model?.steps_max ?? 1, model?.seed ?? true);
   if (autostart) await session.start(source);
 }
 

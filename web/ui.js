@@ -11,6 +11,8 @@ const READY_POLL_MS = 1_000;
 const SEED_LIMIT = 2 ** 31;
 const HERO_TILES = 8;
 const NOTICE_MS = 8_000;
+// Below this score a style is only the nearest there is.
+const WEAK_MATCH = 0.5;
 // What a person is told in passing; the rest of the server's notices show in the state and over the picture.
 const NOTICES = ["rate_changed", "engine_back", "model_fault"];
 const PHONE = "(max-width: 760px)";
@@ -109,10 +111,15 @@ export class Ui {
   }
 
   #showAck(ack) {
-    const { params, style, first_frame: frame } = ack;
-    const near = style ? `, nearest style: ${style.id.replaceAll("-", " ")}` : "";
+    const { params, first_frame: frame } = ack;
     const words = params.blend?.length ? params.blend.map(({ text }) => text).join(" + ") : params.prompt || "unstyled";
-    this.#note(frame === null ? `Noted${near}.` : `“${words}” since frame ${frame}${near}.`);
+    this.#note(frame === null ? "Noted." : `“${words}” since frame ${frame}.`);
+    const understood = understoodAs(ack);
+    // An ack without a picture says nothing new.
+    if (frame !== null) {
+      setText($("understood"), understood);
+      $("understood").hidden = !understood;
+    }
   }
 
   #showNotice(notice) {
@@ -286,8 +293,9 @@ export class Ui {
   // --- style
 
   /** @param {{id: string, name: string, prompt: string, thumbnail?: string}[]} styles */
-  setStyles(styles, stepsMax) {
+  setStyles(styles, stepsMax, seedShows = true) {
     this.#styles = styles;
+    $("seed").hidden = !seedShows;
     $("styles-field").hidden = !styles.length;
     $("styles").replaceChildren(...styles.map((style, index) => this.#tile(style, index)));
     $("hero-tiles").replaceChildren(...styles.slice(0, HERO_TILES).map((style) => picture(style)));
@@ -493,6 +501,15 @@ export class Ui {
 /** Text is only touched where it changes: screen readers announce every touch of a live region. */
 function setText(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
+}
+
+/** What the server took the prompts for, in words; empty where it does not say. */
+function understoodAs({ style, styles = style ? [style] : [] }) {
+  const words = styles.map(({ name, second, modifiers }) => [second ? `${name} with ${second.name}` : name, ...modifiers].join(", "));
+  const weak = styles.map(({ score }) => score < WEAK_MATCH);
+  if (!words.length) return "";
+  if (words.length === 1) return weak[0] ? `Nearest style: ${words[0]} (weak match)` : `Understood as: ${words[0]}`;
+  return `Understood as: ${words.map((text, i) => weak[i] ? `${text} (weak match)` : text).join(" + ")}`;
 }
 
 /** A style's thumbnail; a colour of its own where there is none. */

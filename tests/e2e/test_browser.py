@@ -118,6 +118,7 @@ def test_a_prompt_is_acknowledged_with_a_frame_that_is_then_shown_without_a_gap(
     assert after["server"]["state"] == "restyled"
     assert figures(page, window_s=3)["largest_gap_ms"] < MAX_GAP_MS
     expect(page.locator("#prompt-note")).to_contain_text(f"since frame {ack['first_frame']}")
+    expect(page.locator("#understood")).to_have_text("Understood as: Pencil")
 
 
 def test_a_prompt_over_the_bound_is_refused_by_name_and_the_old_one_stays(

@@ -16,7 +16,7 @@ import pytest
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError, MediaStreamTrack, VideoStreamTrack
 
-from engine.api import StreamParams
+from engine.api import StreamParams, Understood
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from server.app import running_server
@@ -146,6 +146,25 @@ async def visitor(base: str) -> AsyncIterator[Visitor]:
 async def get(url: str) -> tuple[int, dict[str, Any]]:
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         return response.status, await response.json()
+
+
+async def test_an_ack_says_what_the_prompts_were_taken_for(visitor: Visitor, engine: FakeEngine) -> None:
+    engine.understands = {
+        "warm toon": Understood(styles=(("comic", 1.0),), score=0.91236, modifiers=("warm",)),
+        "pen in neon": Understood(styles=(("ink", 0.7), ("neon", 0.3)), score=1.0),
+    }
+    await visitor.enter(params={"prompt": "a boat"})
+    await visitor.until(lambda: len(visitor.pictures) > 10, "pictures")
+    ack = await visitor.ask(type="params", id=1, prompt="warm toon")
+    # Without a list of styles, as beside the stand-in, an id is its own name.
+    toon = {"id": "comic", "name": "comic", "score": 0.912, "modifiers": ["warm"]}
+    assert ack["style"] == toon and "styles" not in ack
+    ack = await visitor.ask(type="params", id=2, blend=[{"text": "warm toon"}, {"text": "pen in neon", "weight": 2.0}])
+    mixed = {"id": "ink", "name": "ink", "score": 1.0, "modifiers": []}
+    mixed["second"] = {"id": "neon", "name": "neon", "share": 0.3}
+    assert ack["styles"] == [toon, mixed] and ack["style"] == mixed
+    ack = await visitor.ask(type="params", id=3, prompt="a boat")
+    assert "style" not in ack and "styles" not in ack
 
 
 async def test_the_picture_comes_back_restyled_with_marks_and_figures(visitor: Visitor) -> None:
