@@ -184,6 +184,12 @@ def verdicts(figures: Figures) -> list[Verdict]:
         _worst("seam ratio, worst", every, "seam", "<=", 1.1),
         _worst("frames until a hard switch is complete, worst", every, "switch_frames", "<=", 3.0),
     ]
+    if all("steps_2_gain_db" in own for own in every.values()):
+        found += [
+            _worst(f"PSNR of {steps} steps beside one, worst, dB", every, f"steps_{steps}_gain_db", ">=", -0.2)
+            for steps in (2, 4)
+        ]
+        found.append(_worst("strength 0 returns the camera, worst, dB", every, "strength_0_db", ">=", 30.0))
     for size, least in (("256x256", 32.0), ("384x224", 22.0)):
         cost = figures["speed"][size]
         text = f"{cost['fps']:.1f} ({cost['chunk_ms']:.0f} ms a chunk; {cost['cpu_fps']:.1f} by CPU time)"
@@ -263,19 +269,24 @@ def _candidate_table(candidates: Mapping[str, Styles]) -> list[str]:
 
 
 def _style_table(candidates: Mapping[str, Styles]) -> list[str]:
-    """The model style by style; in brackets what PSNR has as floor and ceiling, and the teacher's own."""
+    """The model style by style; in brackets what it is to be held against."""
     rows = []
     for style, own in candidates["model"].items():
         teacher = candidates["teacher"][style]
-        floor, ceiling = (candidates[name][style]["psnr_db"] for name in ("input", "round trip"))
+        returned = candidates["round trip"][style]
+        floor, ceiling = candidates["input"][style]["psnr_db"], returned["psnr_db"]
         beside = {
             "psnr_db": f" ({floor:.1f}, {ceiling:.1f})",
-            **{key: f" ({teacher[key]:.2f})" for key in ("edges_kept", "landmarks_kept", "warp_error", "seam")},
+            **{key: f" ({teacher[key]:.2f})" for key in ("edges_kept", "landmarks_kept")},
+            **{key: f" ({teacher[key]:.2f}, {returned[key]:.2f})" for key in ("warp_error", "seam")},
         }
         cells = [f"{own[key]:.{n}f}{beside.get(key, '')}" if key in own else "" for key, _, n, _ in _MEASURES]
         rows.append(f"| {style} | " + " | ".join(cells) + " |")
-    note = "By style; in brackets PSNR of the input and of the autoencoder's round trip, else the teacher's own value:"
-    return [note, "", _heading("style"), "| --- |" + " --- |" * len(_MEASURES), *rows]
+    note = [
+        "By style. In brackets, for PSNR: the input's and that of the teacher's round trip through the autoencoder;",
+        "for edges and landmarks: the teacher's own; for warp error and seam: the teacher's and its round trip's.",
+    ]
+    return [*note, "", _heading("style"), "| --- |" + " --- |" * len(_MEASURES), *rows]
 
 
 def _heading(first: str) -> str:

@@ -30,23 +30,29 @@ from engine.training.teachers import stylise_clip
 Frame = NDArray[np.uint8]
 
 SEED = 40_000
-SIZE_PX, CROP_PX = 256, 128
+SIZE_PX, CROP_PX = 256, 96
 PICTURES = 72
-STEPS, BATCH = 500, 32
+STEPS, RATE = 1000, 5e-3
+PLACES, STYLES_PER_PLACE = 4, 12
+VERSION = 2  # of this recipe: what an older one has trained is not taken
 WIDTHS = (24, 48, 96, 128)
 
 
 class StyleNet(nn.Module):
-    """Four convolutions of stride two, the mean over the picture, one linear layer."""
+    """Four convolutions of stride two; a linear layer on mean and spread of every stage's channels.
+
+    A style is in such statistics at several scales and not in what is shown: with the last stage's mean alone one
+    frame in five was taken for another style.
+    """
 
     def __init__(self, styles: int) -> None:
         super().__init__()
         inputs = (3, *WIDTHS[:-1])
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU())
+            nn.Sequential(nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
             for a, b in zip(inputs, WIDTHS, strict=True)
         )
-        self.head = nn.Linear(WIDTHS[-1], styles)
+        self.head = nn.Linear(2 * (3 + sum(WIDTHS)), styles)
 
     def features(self, pixels_NCHW: Tensor) -> list[Tensor]:
         """Output of each stage, [N, C, H, W]."""
@@ -58,7 +64,9 @@ class StyleNet(nn.Module):
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Logits [N, styles] of pictures in [-1, 1]."""
-        logits: Tensor = self.head(self.features(pixels_NCHW)[-1].mean((2, 3)))
+        layers = [pixels_NCHW, *self.features(pixels_NCHW)]
+        flat = [layer.flatten(2) for layer in layers]
+        logits: Tensor = self.head(torch.cat([*(x.mean(2) for x in flat), *(x.std(2) for x in flat)], 1))
         return logits
 
 
@@ -70,8 +78,10 @@ class StyleJudge:
 
     @torch.inference_mode()
     def style_of(self, frame_HWC: Frame) -> str:
-        """The style that the network takes a frame for."""
-        return self.styles[int(self._net(_pixels([frame_HWC])).argmax())]
+        """The style that the network takes a frame for, after looking at its four quarters."""
+        middle, centre = (side // 2 for side in frame_HWC.shape[:2])
+        quarters = [frame_HWC[r : r + middle, c : c + centre] for r in (0, middle) for c in (0, centre)]
+        return self.styles[int(self._net(_pixels(quarters)).log_softmax(1).mean(0).argmax())]
 
     @torch.inference_mode()
     def distance(self, a_HWC: Frame, b_HWC: Frame) -> float:
@@ -83,7 +93,7 @@ class StyleJudge:
 
 def style_judge(people: Path, work: Path, teachers: Teachers) -> StyleJudge:
     """The judge of these teachers' styles: read from the working folder, or trained and kept there."""
-    path = work / "evaluation" / f"classifier_{teachers.key}.pt"
+    path = work / "evaluation" / f"classifier_{VERSION}_{teachers.key}.pt"
     net = StyleNet(len(teachers.styles))
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
@@ -111,27 +121,35 @@ def training_frames(people: Path, styles: tuple[str, ...], pictures: int = PICTU
 
 
 def train(net: StyleNet, frames_SPHWC: Frame, steps: int = STEPS) -> None:
-    """Fit the network to crops, each a little dimmed, blurred or noisy: style is to count, not sharpness."""
+    """Fit the network to crops. A batch shows the same places in many styles, so that only style tells them apart."""
     rng = np.random.default_rng(SEED)
-    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    styles, pictures = frames_SPHWC.shape[:2]
+    optimiser = torch.optim.AdamW(net.parameters(), RATE, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
+    net.train()
     for _ in range(steps):
-        labels = rng.integers(len(frames_SPHWC), size=BATCH)
-        crops = [_crop(frames_SPHWC[k, int(rng.integers(frames_SPHWC.shape[1]))], rng) for k in labels]
-        loss = functional.cross_entropy(net(_pixels(crops)), torch.from_numpy(labels), label_smoothing=0.05)
+        labels, crops = [], []
+        for picture in rng.integers(pictures, size=PLACES):
+            top, left = (int(rng.integers(0, side - CROP_PX + 1)) for side in frames_SPHWC.shape[2:4])
+            for style in rng.permutation(styles)[:STYLES_PER_PLACE]:
+                frame = frames_SPHWC[style, picture]
+                crops.append(_spoilt(frame[top : top + CROP_PX, left : left + CROP_PX], rng))
+                labels.append(int(style))
+        loss = functional.cross_entropy(net(_pixels(crops)), torch.tensor(labels), label_smoothing=0.02)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
+    net.eval()
 
 
-def _crop(frame_HWC: Frame, rng: np.random.Generator) -> Frame:
-    top, left = (int(rng.integers(0, side - CROP_PX + 1)) for side in frame_HWC.shape[:2])
-    crop = frame_HWC[top : top + CROP_PX, left : left + CROP_PX].astype(np.float32)
-    if rng.random() < 0.5:
-        crop = np.asarray(cv2.GaussianBlur(crop, (0, 0), float(rng.uniform(0.4, 1.2))), np.float32)
-    noisy = crop * rng.uniform(0.85, 1.1) + rng.normal(size=crop.shape) * rng.uniform(0, 5)
-    return np.asarray(np.clip(noisy[:, ::-1] if rng.random() < 0.5 else noisy, 0, 255), np.uint8)
+def _spoilt(crop_HWC: Frame, rng: np.random.Generator) -> Frame:
+    """A crop a little dimmed, blurred or noisy, as a model's output may be: style is to count, not sharpness."""
+    crop = crop_HWC.astype(np.float32)
+    if rng.random() < 0.3:
+        crop = np.asarray(cv2.GaussianBlur(crop, (0, 0), float(rng.uniform(0.4, 0.8))), np.float32)
+    noisy = crop * rng.uniform(0.9, 1.08) + rng.normal(size=crop.shape) * rng.uniform(0, 4)
+    return np.asarray(np.clip(noisy, 0, 255), np.uint8)
 
 
 def _pixels(frames: list[Frame]) -> Tensor:

@@ -253,6 +253,24 @@ class Bench:
                 figures = {"flicker_ratio": flicker(out[settled]) / before}
                 self.table.add(name, style, figures | {"other_seed_db": psnr(out[:SHORT_FRAMES], other)})
 
+    def run_dials(self, number: int = 1) -> None:
+        """Strength 0 is the camera, a half lies between; two and four steps are no worse than one."""
+        clip = self.clips[min(number, len(self.clips) - 1)]
+        source, versions = clip.source[:SHORT_FRAMES], self.teachers.steadied(clip)
+        pipeline = self._pipelines["model"]
+        for style in self.known("model"):
+            teacher = versions[style][:SHORT_FRAMES]
+
+            def out(prompt: str = BY_ID[style].prompt, strength: float = 1.0, steps: int = 1) -> Clip:
+                return play(pipeline, source, StreamParams(prompt=prompt, strength=strength, steps=steps))
+
+            none, half, full = out(strength=0.0), out(strength=0.5), out()
+            middle = np.asarray((none.astype(np.uint16) + full) // 2, np.uint8)
+            figures = {"strength_0_db": psnr(none, source), "half_to_middle_db": psnr(half, middle)}
+            for steps in (2, 4):
+                figures[f"steps_{steps}_gain_db"] = psnr(out(steps=steps), teacher) - psnr(full, teacher)
+            self.table.add("model", style, figures)
+
     def run_switches(self, number: int = 0) -> None:
         """From each style to the one after it in the list, in mid-stream: frames until the new one is nearest."""
         clip = self.clips[number]
@@ -352,6 +370,8 @@ def run_size(bench: Bench, *, whole: bool) -> dict[str, Any]:
     if whole:
         bench.run_still()
         bench.run_switches()
+        if not bench.plan.quick:
+            bench.run_dials()
     return {"clips": [clip.name for clip in bench.clips[:count]], "candidates": bench.table.means()}
 
 
@@ -410,6 +430,7 @@ def main() -> None:
     parser.add_argument("--sheets", type=int, nargs="*", default=[0, 1, 3], help="clips shown in the contact sheet")
     parser.add_argument("--drift-minutes", type=float, default=0.5, help="of video; 60 takes 40 minutes a style")
     parser.add_argument("--drift-styles", nargs="+", default=["comic"])
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the small sheet and strip")
     parser.add_argument("--quick", action="store_true", help="three short clips, no card and no pictures for docs")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -427,6 +448,7 @@ def main() -> None:
         drift_minutes=0.0 if args.quick else args.drift_minutes,
         drift_styles=tuple(args.drift_styles),
         quick=args.quick,
+        pictures=args.pictures,
     )
     figures = run(plan)
     print(measured(figures))

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from engine.training.card import model_card, verdicts, with_figures
+from engine.training.classifier import StyleJudge, StyleNet, train
 from engine.training.evaluate import Bench, Plan, draw, read_prompts, run_size
-from engine.training.heldout import HeldOut, Teachers
+from engine.training.heldout import HeldOut, Teachers, cut, still_noisy
 from engine.training.measures import (
     Motion,
     edges_kept,
@@ -197,3 +198,41 @@ def test_pictures_for_documents_stay_below_their_limit(tmp_path: Path) -> None:
     assert save_jpeg(tmp_path / "noise.jpg", noise, 200_000) == (tmp_path / "noise.jpg").stat().st_size < 200_000
     with pytest.raises(ValueError, match="does not fit"):
         save_jpeg(tmp_path / "never.jpg", noise, 2_000)
+
+
+# --- judges and material
+
+
+def test_the_classifier_learns_two_textures_and_its_distance_orders_frames() -> None:
+    plain = np.stack([texture(k, 128) for k in range(3)])
+    dotted = np.clip(plain + np.where((np.arange(128) % 8 < 3)[:, None, None], 60, -20), 0, 255).astype(np.uint8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = StyleNet(2)
+        train(net, np.stack([plain, dotted]), steps=25)
+    judge = StyleJudge(net, ("plain", "dotted"))
+    assert [judge.style_of(frame) for frame in (plain[0], dotted[1])] == ["plain", "dotted"]
+    assert judge.distance(plain[0], plain[0]) == pytest.approx(0)
+    assert judge.distance(plain[0], plain[0] // 16 * 16) < judge.distance(plain[0], dotted[0])
+
+
+def test_teachers_run_once_and_are_read_back(tmp_path: Path) -> None:
+    clip = held_out()
+    first = Teachers(tmp_path, ["photo", "thermal"]).steadied(clip)
+    (kept,) = tmp_path.rglob("thermal_*.npy")
+    written = kept.stat().st_mtime_ns
+    again = Teachers(tmp_path, ["photo", "thermal"])
+    assert np.array_equal(again.steadied(clip)["thermal"], first["thermal"])
+    assert kept.stat().st_mtime_ns == written
+    assert first["photo"] is clip.clean
+    assert again.per_frame(clip)["thermal"].shape == clip.clean.shape
+    assert again.key != Teachers(tmp_path, ["photo", "comic"]).key
+
+
+def test_frames_are_cut_to_any_shape_from_the_middle() -> None:
+    frame = texture(size=120)
+    for size in ((64, 64), (96, 56), (56, 96), (240, 240)):
+        assert cut(frame, size).shape == (size[1], size[0], 3)
+    assert np.array_equal(cut(frame, (120, 120)), frame)
+    noisy = still_noisy(held_out(), 12)
+    assert flicker(noisy) == pytest.approx(3, abs=0.4)
