@@ -116,7 +116,7 @@ MODIFIERS: tuple[Modifier, ...] = (
     _modifier(
         "night",
         "night, nighttime, night time, at night, by night, midnight, moonlit, nocturnal, after dark, late at night",
-        _chain(_saturation(0.65), _gain(0.42, 0.5, 0.74, (0.0, 0.005, 0.03))),
+        _chain(_saturation(0.65), _contrast(1.1), _gain(0.36, 0.44, 0.68, (0.0, 0.005, 0.035))),
         1.25,
     ),
     _modifier("dark", "dark, darker, dim, dimmer, dimly lit, low light, shadowy, in the dark", _gain(0.55, 0.55, 0.57)),
@@ -129,7 +129,7 @@ MODIFIERS: tuple[Modifier, ...] = (
     _modifier(
         "pastel",
         "pastel, pastels, pastel colors, pastel tones, in pastel, in pastels, candy colors, baby colors, powdery",
-        _chain(_saturation(0.7), _gain(0.6, 0.6, 0.6, (0.38, 0.36, 0.38))),
+        _gain(0.64, 0.64, 0.64, (0.35, 0.33, 0.35)),
         1.2,
     ),
     _modifier(

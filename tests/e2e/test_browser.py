@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,12 @@ def test_a_prompt_is_acknowledged_with_a_frame_that_is_then_shown_without_a_gap(
     assert figures(page, window_s=3)["largest_gap_ms"] < MAX_GAP_MS
     expect(page.locator("#prompt-note")).to_contain_text(f"since frame {ack['first_frame']}")
     expect(page.locator("#understood")).to_have_text("Understood as: Pencil")
+    page.evaluate("() => window.livebrush.set({ prompt: 'a warm comic drawn in neon' })")
+    expect(page.locator("#understood")).to_have_text("Understood as: Comic with Neon, warm")
+    page.evaluate("() => window.livebrush.set({ prompt: 'quantum physics' })")
+    expect(page.locator("#understood")).to_have_text(re.compile(r"Nearest style: .+ \(weak match\)"))
+    # Of this model another seed gives no other picture.
+    expect(page.locator("#seed")).to_be_hidden()
 
 
 def test_a_prompt_over_the_bound_is_refused_by_name_and_the_old_one_stays(

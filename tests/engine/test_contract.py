@@ -23,6 +23,7 @@ from engine.api import (
     RankLost,
     RenderedChunk,
     StreamParams,
+    Understood,
 )
 from engine.chunks import ChunkCost
 from engine.client import LocalEngine, LocalStream
@@ -309,9 +310,12 @@ def rank_says(*messages: Done) -> tuple[LocalStream, list[RenderedChunk]]:
 def test_faults_and_new_beginnings_are_counted_and_named() -> None:
     done = Done(stream=0, chunk=0, slot=3, revision=0, started_at=1.0, finished_at=1.1)
     faulty = done.model_copy(update={"chunk": 1, "fault": "nan"})
-    anew = done.model_copy(update={"chunk": 2, "reanchored": True})
-    stream, rendered = rank_says(done, faulty, anew)
-    assert [one.fault for one in rendered] == ["", "nan", ""]
+    ink = (Understood(styles=(("ink", 1.0),), score=0.5),)
+    anew = done.model_copy(update={"chunk": 2, "reanchored": True, "understood": ink})
+    after = done.model_copy(update={"chunk": 3})
+    stream, rendered = rank_says(done, faulty, anew, after)
+    assert [one.fault for one in rendered] == ["", "nan", "", ""]
+    assert [one.understood for one in rendered] == [(), (), ink, ink]
     np.testing.assert_array_equal(rendered[1].frames, chunk(1).frames)
     assert (stream.counters.faults, stream.counters.reanchored) == ({"nan": 1}, 1)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.api import EngineError, EngineState, Frames, StreamParams
+from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
 from engine.config import EngineSettings
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.messages import (
@@ -256,6 +256,35 @@ def test_a_change_is_taken_up_at_the_next_chunk_and_named(rank_of: Callable[...,
     rank.say(Update(stream=7, revision=9, params=params))  # of no stream here
     rank.submit(2)
     assert [done.revision for done in rank.answers(Done)] == [0, 2, 2]
+
+
+class Names:
+    """A text encoder that takes a prompt for the style it names, and moods for what follows."""
+
+    def request(self, prompt: str) -> EncodedPrompt:
+        return self.encode(prompt)
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        style, *moods = prompt.split()
+        states = torch.zeros(16, 64)
+        return EncodedPrompt(states, states[0], 1, ((style, 1.0),), 0.75, None, tuple(moods))
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_prompt_was_taken_for_is_told_once_with_the_chunk_that_shows_it(rank_of: Callable[..., Rank]) -> None:
+    rank = rank_of()
+    object.__setattr__(rank.pipeline.model, "text", Names())
+    rank.say(Open(stream=0, params=StreamParams(prompt="neon")))
+    for chunk in range(2):
+        rank.submit(chunk)
+    rank.say(Update(stream=0, revision=1, params=StreamParams(prompt="ink warm")))
+    for chunk in range(2, 4):
+        rank.submit(chunk)
+    neon = Understood(styles=(("neon", 1.0),), score=0.75)
+    ink = Understood(styles=(("ink", 1.0),), score=0.75, modifiers=("warm",))
+    assert [done.understood for done in rank.answers(Done)] == [(neon,), None, (ink,), None]
 
 
 class NoText:
