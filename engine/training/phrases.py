@@ -42,7 +42,7 @@ STYLES: tuple[Style, ...] = (
         photograph, portrait photo, sharp natural image, neutral, lifelike, true colours, unedited video, live
         camera, no filter, remove the filter, turn it off, stop the effect, back to normal, show me as i am, do
         nothing, nothing, reset, no painting, plain me, hyperrealistic, 4k photo, dslr photo, just the camera, my
-        real face""",
+        real face, cinematic""",
         """nothing changed, plain camera, real photograph, unfiltered, untouched video, without effects, show the
         original""",
     ),
@@ -251,7 +251,7 @@ STYLES: tuple[Style, ...] = (
         with a pearl earring, mona lisa, leonardo painting, velazquez, canvas, painted by an old master, realistic
         painting, digital painting, concept art, baroque, renaissance, rubens, titian, goya, frans hals, royal
         portrait, classical painting, dutch master, bob ross, painted, old masters, paint me, brush strokes,
-        gallery painting, oils""",
+        gallery painting, oils, dutch golden age, oil pastel""",
         """painted in oils, a rembrandt portrait, impasto on canvas, old master portrait, oil colours, a baroque
         painting""",
     ),
@@ -438,7 +438,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "thermal": ("thermal", "thermal camera", "thermal image", "infrared", "heat map", "heatmap", "heat vision"),
     "blueprint": ("blueprint", "blue print", "technical drawing", "cyanotype"),
     "popart": ("pop art", "warhol", "andy warhol", "lichtenstein", "roy lichtenstein"),
-    "vintage": ("sepia", "old film", "vintage film", "vintage photo", "silent film", "silent movie"),
+    "vintage": ("vintage", "sepia", "old film", "vintage film", "vintage photo", "silent film", "silent movie"),
     "nightvision": ("night vision", "nightvision", "night vision goggles"),
     "oil": ("oil", "oil painting", "oil paint", "oils", "rembrandt"),
     "starry": ("starry night", "van gogh", "vincent van gogh"),
@@ -448,7 +448,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "lowpoly": ("low poly", "lowpoly", "polygons", "origami"),
     "clay": ("clay", "claymation", "plasticine", "play doh"),
     "chalk": ("chalk", "chalkboard", "blackboard"),
-    "marble": ("marble", "marble statue", "marble sculpture"),
+    "marble": ("marble", "statue", "marble statue", "marble sculpture"),
     "vhs": ("vhs", "vhs tape", "video tape"),
     "embroidery": ("embroidery", "embroidered", "cross stitch", "tapestry", "knitted", "crochet"),
     "impressionist": ("impressionist", "impressionism", "monet", "claude monet", "renoir"),

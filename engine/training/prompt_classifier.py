@@ -12,6 +12,7 @@ Axes in names: V vocabulary entries, N word sequences, S styles, E width of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,15 +175,26 @@ def fit(vocabulary: Sequence[str], vectors_VE: NDArray[np.float32], embed: Embed
     return _stored(classifier)
 
 
+def _texts() -> dict[str, Any]:
+    return {
+        "prompts": {style.id: style.prompt for style in STYLES},
+        "phrases": {clean(phrase): place for place, style in enumerate(STYLES) for phrase in style.phrases},
+        "names": {clean(name): place for place, style in enumerate(STYLES) for name in NAMES[style.id]},
+    }
+
+
+def is_current(weights: ReaderWeights) -> bool:
+    """Whether these were fitted to the phrases as they are now."""
+    return all(getattr(weights, name) == wanted for name, wanted in _texts().items())
+
+
 def _stored(classifier: Classifier) -> ReaderWeights:
     table = classifier.table.detach()
     scale = (table.abs().amax(1, keepdim=True) / 127 + 1e-6).half()
     rows = (table / scale.float()).round().clamp(-127, 127).to(torch.int8)
     split = classifier.pieces
     return ReaderWeights(
-        prompts={style.id: style.prompt for style in STYLES},
-        phrases={clean(phrase): place for place, style in enumerate(STYLES) for phrase in style.phrases},
-        names={clean(name): place for place, style in enumerate(STYLES) for name in NAMES[style.id]},
+        **_texts(),
         sequences=tuple(classifier.sequences),
         piece_rows=rows[:split].contiguous(),
         piece_scales=scale[:split].contiguous(),

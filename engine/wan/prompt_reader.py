@@ -24,6 +24,9 @@ from engine.wan import grade as grades
 from engine.wan.grade import AMOUNTS, FREE, MODIFIERS, OBJECTS, OWN, SLIGHT, SLIGHT_ENDING
 
 NEUTRAL = "photo"
+# Beyond so many words that are no fillers, evidence is thinned by this power of their number. Without it one random
+# prompt of eight words in two scores above a half, with it one in a hundred.
+FEW_WORDS, THINNING = 3, 0.75
 READER_KEYS = (
     "reader_json",
     "reader_piece_int8",
@@ -35,8 +38,8 @@ READER_KEYS = (
 MAX_WORDS = 64
 LONGEST = 6  # words of a phrase
 TYPO_LENGTH = 5  # shorter words have too many neighbours
-# A style must be this sure, on its own words alone, to be half of a mixture.
-NAMED = 0.6
+# Below this score a style is not worth more than the camera with the colours asked for.
+FAINT = 0.3
 
 
 def _words(text: str) -> frozenset[str]:
@@ -201,17 +204,22 @@ class PromptReader:
         shares = self.shares(moods.rest)
         allowed = torch.where(self._allowed, shares, -1.0)
         best = int(allowed.argmax())
+        if moods.amounts and shares[best] < FAINT and NEUTRAL in self.known:
+            # "A sunny day": colours are all that can be had of it.
+            best = self._ids.index(NEUTRAL)
         return ((self._ids[best], 1.0),), float(shares[best])
 
     def logits(self, words: Sequence[str]) -> Tensor:
-        """Evidence for every style, known or not [S]."""
+        """Evidence for every style, known or not [S]; of many words each counts less, for chance adds up too."""
         weights = self.weights
-        out = weights.bias.float().clone()
+        out = torch.zeros(len(self._ids))
         pieces = torch.tensor(self.tokenize(" ".join(words)), dtype=torch.long)
         out += (weights.piece_rows[pieces].float() * weights.piece_scales[pieces].float()).sum(0)
         rows = torch.tensor([self._rows[s] for s in sequences(words) if s in self._rows], dtype=torch.long)
         out += (weights.sequence_rows[rows].float() * weights.sequence_scales[rows].float()).sum(0)
-        return out
+        content = sum(word not in FILLERS for word in words)
+        out *= min(1.0, FEW_WORDS / max(content, 1)) ** THINNING
+        return out + weights.bias
 
     def shares(self, words: Sequence[str]) -> Tensor:
         """Probability of every style, known or not [S]."""

@@ -181,6 +181,8 @@ def test_a_phrase_of_one_style_is_no_mixture(text: StaticTextEncoder, prompt: st
         ("red oil painting", "oil", ("red",)),
         ("pastel water colours", "watercolor", ("pastel",)),
         ("dark, moody low poly", "lowpoly", ("dark", "moody")),
+        ("winter wonderland", "photo", ("cool",)),
+        ("dutch golden age painting", "oil", ()),
         ("teal and orange", "photo", ("teal", "orange")),
         ("colourful clay figure at sunset", "clay", ("vivid", "golden")),
         ("not warm watercolour", "watercolor", ()),
