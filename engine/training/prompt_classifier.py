@@ -183,6 +183,11 @@ def _texts() -> dict[str, Any]:
     }
 
 
+def unfitted(vocabulary: Sequence[str]) -> ReaderWeights:
+    """What knows the phrases as they stand and nothing else: for tests, which do without the sentence encoder."""
+    return _stored(Classifier(vocabulary, [], torch.zeros(len(vocabulary), len(STYLES))))
+
+
 def is_current(weights: ReaderWeights) -> bool:
     """Whether these were fitted to the phrases as they are now."""
     return all(getattr(weights, name) == wanted for name, wanted in _texts().items())

@@ -6,29 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.training.phrases import BY_ID, NAMES, STYLES
-from engine.training.prompt_classifier import Classifier, clean, is_current
+from engine.training.phrases import BY_ID
+from engine.training.prompt_classifier import Classifier, is_current, unfitted
 from engine.training.text_table import write_into
-from engine.wan.prompt_reader import ReaderWeights
 from engine.wan.text_encoder import StaticTextEncoder, Style
 from engine.wan.untrained import VOCABULARY, untrained_model
 from engine.wan.weights import load_model, save_model
-
-
-def reader() -> ReaderWeights:
-    """A classifier that nobody has trained."""
-    count = len(STYLES)
-    return ReaderWeights(
-        prompts={style.id: style.prompt for style in STYLES},
-        phrases={clean(phrase): place for place, style in enumerate(STYLES) for phrase in style.phrases},
-        names={clean(name): place for place, style in enumerate(STYLES) for name in NAMES[style.id]},
-        sequences=("neon",),
-        piece_rows=torch.zeros(len(VOCABULARY), count, dtype=torch.int8),
-        piece_scales=torch.ones(len(VOCABULARY), 1, dtype=torch.float16),
-        sequence_rows=torch.zeros(1, count, dtype=torch.int8),
-        sequence_scales=torch.ones(1, 1, dtype=torch.float16),
-        bias=torch.zeros(count),
-    )
 
 
 @pytest.fixture
@@ -45,7 +28,7 @@ def test_a_reader_is_written_into_a_model_and_means_the_styles_it_lists(folder: 
     before = load_model(folder, "cpu")
     assert isinstance(before.text, StaticTextEncoder)
     table = (before.text.table_VK, before.text.scale_V1, before.text.vocabulary, before.text.text_len)
-    write_into(StaticTextEncoder(*table, reader=reader()), folder)
+    write_into(StaticTextEncoder(*table, reader=unfitted(VOCABULARY)), folder)
     after = load_model(folder, "cpu")
     assert after.text.encode("neon sign").styles == (("neon", 1.0),)
     assert {after.text.encode(word).styles[0][0] for word in ("mosaic", "gray", "a")} <= {"photo", "neon", "ink"}
@@ -57,7 +40,9 @@ def test_a_reader_is_written_into_a_model_and_means_the_styles_it_lists(folder: 
 def test_a_model_of_another_table_is_left_alone(folder: Path) -> None:
     text = load_model(folder, "cpu").text
     assert isinstance(text, StaticTextEncoder)
-    other = StaticTextEncoder(text.table_VK + 1, text.scale_V1, text.vocabulary, text.text_len, reader=reader())
+    other = StaticTextEncoder(
+        text.table_VK + 1, text.scale_V1, text.vocabulary, text.text_len, reader=unfitted(VOCABULARY)
+    )
     kept = (folder / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="another text table"):
         write_into(other, folder)
@@ -65,8 +50,8 @@ def test_a_model_of_another_table_is_left_alone(folder: Path) -> None:
 
 
 def test_other_phrases_ask_for_another_fit() -> None:
-    assert is_current(reader())
-    assert not is_current(replace(reader(), phrases={"neon": 5}))
+    assert is_current(unfitted(VOCABULARY))
+    assert not is_current(replace(unfitted(VOCABULARY), phrases={"neon": 5}))
 
 
 def test_evidence_is_the_sum_of_pieces_and_sequences() -> None:

@@ -14,6 +14,7 @@ from engine.training.data import STYLES, Shard, shard_paths
 from engine.training.optimisers import Muon, orthogonalise, split_parameters
 from engine.training.phrases import BY_ID
 from engine.training.playback import restyle_clip
+from engine.training.prompt_classifier import unfitted
 from engine.training.teachers import Picture, stylise_clip
 from engine.training.text_table import compress
 from engine.training.thumbnails import write_thumbnails
@@ -51,7 +52,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_shard(folder, "validation", 7, (1, 9))
     vectors = np.random.default_rng(0).normal(size=(len(VOCABULARY), LIVEBRUSH_TINY.text_dim)).astype(np.float32)
     table, scale = compress(vectors)
-    text = StaticTextEncoder(torch.from_numpy(table), torch.from_numpy(scale), VOCABULARY, LIVEBRUSH_TINY.text_len)
+    text = StaticTextEncoder(
+        torch.from_numpy(table),
+        torch.from_numpy(scale),
+        VOCABULARY,
+        LIVEBRUSH_TINY.text_len,
+        reader=unfitted(VOCABULARY),
+    )
     save_file(text.to_tensors(), folder / "text.safetensors")
     train_vae.train(folder, minutes=0.02, pca_crops=8)
     latents.encode_shards(folder)
