@@ -184,6 +184,7 @@ def verdicts(figures: Figures) -> list[Verdict]:
         _worst("seam ratio, worst", every, "seam", "<=", 1.1),
         _worst("frames until a hard switch is complete, worst", every, "switch_frames", "<=", 3.0),
     ]
+    found.append(_mean("another seed shows: PSNR between two seeds, mean, dB", styled, "other_seed_db", "<=", 35.0))
     if all("steps_2_gain_db" in own for own in every.values()):
         found += [
             _worst(f"PSNR of {steps} steps beside one, worst, dB", every, f"steps_{steps}_gain_db", ">=", -0.2)

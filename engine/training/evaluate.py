@@ -377,7 +377,7 @@ def run_size(bench: Bench, *, whole: bool) -> dict[str, Any]:
 
 def draw(bench: Bench, plan: Plan) -> None:
     """Contact sheet and motion strip: at full size into the working folder, small ones beside the documents."""
-    people = [bench.clips[k].source[-1] for k in plan.sheets if k < len(bench.clips)]
+    people = [bench.clips[k].source[-1] for k in sorted(plan.sheets) if k < len(bench.clips)]
     suffix = "_quick" if plan.quick else ""
     height = people[0].shape[0]
     save_png(plan.work / f"sheet{suffix}.png", contact_sheet(people, bench.stills, cell_px=height))
