@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from engine.api import EngineError
 from engine.config import CONFIG_FILE, WAN_SERVING, ServingProfile
-from engine.wan.presets import PRESETS, TransformerConfig
+from engine.wan.presets import PRESETS, REFINE_FACTOR, TransformerConfig
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 
 GIB = 1 << 30
@@ -244,8 +244,9 @@ def transformer_parameters(config: TransformerConfig) -> int:
         linears.append((config.text_dim, dim))
     total = _linear(linears) + 2 * dim + config.layers * block_parameters(config)
     if width := config.refine_channels:
-        total += channels * width * 9 + width + _linear([(dim, 2 * width)])
-        total += width * config.latent_channels * 9 + config.latent_channels
+        area, blocks = REFINE_FACTOR**2, config.refine_blocks
+        total += _linear([(channels, area * width), (area * width, config.latent_channels)])
+        total += _linear([(dim, 2 * width * (blocks + 1))]) + 2 * blocks * _linear([(9 * width, width)])
     return total
 
 

@@ -4,14 +4,12 @@ People come from a folder (portraits/*.jpg, webcam/*); rooms and a few other pic
 extra's packages. One signer, every eighth portrait and one turning head are held out for validation: none of
 their frames is trained on. Shards are written whole or not at all, so a run that was cut off goes on where
 it stopped, and several processes write side by side, each under its own seed.
-
-    python -m engine.training.data --people ../shared/data --work .work/tiny --worker 0 --clips 500
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,27 +23,23 @@ from engine.training.teachers import TEACHERS, stylise_clip
 
 Picture = NDArray[np.uint8]
 
-SIZE_PX = 256
+# Height and width of a shard's clips, by its number: mostly the size that is served by default.
+SQUARE = (256, 256)
+SIZES = (SQUARE, SQUARE, (224, 384), SQUARE, SQUARE, (384, 224), SQUARE, (320, 320), SQUARE, (192, 192))
+SHORT, LONG = 9, 17  # frames: two latents after the first one, and four, where the window has begun to roll
 CLIPS_PER_SHARD = 8
-STYLES_PER_CLIP = 4
+STYLES_PER_CLIP = 5
+# Every so many shards keep their pictures, for the decoder; of the others there are latents only, a quarter of that.
+KEEP_EVERY = 7
+LATENTS = "latents"
 VALIDATION_SEED = 9_000
 PORTRAITS_PER_HELD_OUT = 8
 HELD_OUT_CLIPS = frozenset({"school", "walk", "head-pose-face-detection-female-and-male"})
 STYLES = tuple(TEACHERS)  # a style's number in the shards is its place here; 0 is the plain photo
-# contours and strokes take longest to learn and are drawn more often; a colour map is learnt at once
-_WEIGHT = {
-    "watercolor": 1.5,
-    "comic": 1.5,
-    "pencil": 1.4,
-    "ink": 1.4,
-    "neon": 1.5,
-    "blueprint": 1.4,
-    "oil": 1.2,
-    "starry": 1.2,
-    "thermal": 0.6,
-    "vintage": 0.6,
-    "nightvision": 0.6,
-}
+# Contours, screens and strokes take longest to learn and are drawn more often; a colour map is learnt at once.
+_HARD = ("neon", "blueprint", "ink", "popart", "comic", "pencil", "oil", "starry", "chalk")
+_EASY = ("thermal", "vintage", "nightvision", "vhs", "marble", "pixel", "lowpoly", "halftone")
+WEIGHTS = {style: 1.8 if style in _HARD else 0.7 if style in _EASY else 1.0 for style in STYLES}
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ def _read_clip(path: Path, most_frames: int = 200) -> Picture:
 
 def make_shard(synth: ClipSynth, rng: np.random.Generator, frames: int, clips: int, styles: int) -> Shard:
     """Draw clips and run their teachers."""
-    weights = np.array([_WEIGHT.get(style, 1.0) for style in STYLES[1:]])
+    weights = np.array([WEIGHTS[style] for style in STYLES[1:]])
     sources, cleans, styled, chosen = [], [], [], []
     for _ in range(clips):
         clean = synth.clean(frames)
@@ -173,43 +167,42 @@ def make_shard(synth: ClipSynth, rng: np.random.Generator, frames: int, clips: i
     return Shard(np.stack(sources), np.stack(cleans), np.stack(styled), np.stack(chosen))
 
 
-def generate(people: Path, work: Path, *, split: str, worker: int, clips: int, seconds: float) -> int:
-    """Write shards until there are `clips` of this worker's or the time is up; returns the shards on disk.
+def generate(
+    people: Path,
+    work: Path,
+    *,
+    split: str,
+    worker: int,
+    clips: int,
+    seconds: float,
+    encode: Callable[[str, Shard], None] | None = None,
+) -> None:
+    """Make this worker's shards until there are `clips` of them or the time is up; those that are there count.
 
     Each shard has its own seed (worker, number), so a run that was cut off draws the same clips.
+
+    Args:
+        encode: takes a shard under its name. Without it only those shards are made that keep their pictures.
     """
     validation = split == "validation"
     material = load_material(people, validation=validation)
     (work / "shards").mkdir(parents=True, exist_ok=True)
     began, shards = time.monotonic(), -(-clips // CLIPS_PER_SHARD)
     for number in range(shards):
-        path = work / "shards" / f"{split}_{worker}_{number:04d}.npz"
-        if path.exists():
-            continue
+        name = f"{split}_{worker}_{number:04d}"
+        keep = validation or number % KEEP_EVERY == 0
         if time.monotonic() - began > seconds:
-            return number
+            return
+        made = (work / "shards" / f"{name}.npz").exists() or (work / LATENTS / f"{name}.safetensors").exists()
+        if made or not (keep or encode):
+            continue
         seed = (VALIDATION_SEED if validation else 0) + worker, number
-        frames = 13 if validation or number % 3 == 0 else 9
+        frames = LONG if number % 3 == 0 and not validation else SHORT
         styles = len(STYLES) - 1 if validation else STYLES_PER_CLIP
-        synth = ClipSynth(material, size_px=SIZE_PX, seed=seed)
-        make_shard(synth, np.random.default_rng((*seed, 1)), frames, CLIPS_PER_SHARD, styles).save(path)
+        synth = ClipSynth(material, size_px=SQUARE if validation else SIZES[number % len(SIZES)], seed=seed)
+        shard = make_shard(synth, np.random.default_rng((*seed, 1)), frames, CLIPS_PER_SHARD, styles)
+        if keep:
+            shard.save(work / "shards" / f"{name}.npz")
+        if encode:
+            encode(name, shard)
         print(f"{split} shard {worker}/{number} of {shards}, {time.monotonic() - began:.0f} s", flush=True)
-    return shards
-
-
-def main() -> None:
-    """Command line of one generating process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--people", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--work", type=Path, default=Path(".work/tiny"))
-    parser.add_argument("--split", choices=("train", "validation"), default="train")
-    parser.add_argument("--worker", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=1200.0)
-    args = parser.parse_args()
-    cv2.setNumThreads(1)
-    generate(args.people, args.work, split=args.split, worker=args.worker, clips=args.clips, seconds=args.seconds)
-
-
-if __name__ == "__main__":
-    main()

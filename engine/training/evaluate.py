@@ -341,6 +341,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "compare": str(plan.compare) if plan.compare else None,
         "frames": plan.frames,
         "steps": plan.steps,
+        "offers_seed": models["model"].config.serving.seed,
         "unknown_styles": [style for style in styles if style not in listed],
         "speed": {_text(size): _rounded(speed(models["model"], size)) for size in SPEED_SIZES},
         "files": _rounded(weight(plan.model)),

@@ -1,11 +1,7 @@
-"""Shards of clips encoded once: the transformer trains on latents alone in its first stage.
-
-python -m engine.training.latents --work .work/tiny
-"""
+"""Shards of clips encoded once: the transformer trains on latents alone in its first stage."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.training.budget import load_checkpoint
-from engine.training.data import Shard, shard_paths
+from engine.training.data import LATENTS, Shard, shard_paths
 from engine.training.train_vae import to_tensor
 from engine.wan.vae import TinyVAE, TinyVAEConfig, VAEState
 
@@ -52,27 +48,38 @@ def encode_clips(vae: TinyVAE, clips_NTHWC: NDArray[np.uint8]) -> Tensor:
         return torch.cat([vae.encode(to_tensor(clip[None]), VAEState())[0].half() for clip in clips_NTHWC])
 
 
-def encode_shards(work: Path, split: str = "train") -> list[Path]:
-    """Encode every shard of a split that is not encoded yet; returns the latent files."""
-    vae, folder = load_vae(work), work / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = []
+class ShardEncoder:
+    """Writes the latents of shards into the working folder."""
+
+    def __init__(self, work: Path) -> None:
+        self._vae, self._folder = load_vae(work), work / LATENTS
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, shard: Shard) -> None:
+        """Encode one shard; the file is there as a whole or not at all."""
+        vae, styled, target = self._vae, shard.styled, self._folder / f"{name}.safetensors"
+        flat = encode_clips(vae, styled.reshape(-1, *styled.shape[2:]))
+        tensors = {
+            "source": encode_clips(vae, shard.source),
+            "clean": encode_clips(vae, shard.clean),
+            "styled": flat.view(*styled.shape[:2], *flat.shape[1:]),
+            "styles": torch.from_numpy(shard.styles),
+        }
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target.with_suffix(".part"))
+        target.with_suffix(".part").rename(target)
+
+
+def encode_shards(work: Path, split: str = "train") -> None:
+    """Encode every shard of a split that kept its pictures and is not encoded yet."""
+    encode = ShardEncoder(work)
     for path in shard_paths(work, split):
-        target = folder / f"{path.stem}.safetensors"
-        if not target.exists():
-            shard = Shard.load(path)
-            styled = shard.styled
-            flat = encode_clips(vae, styled.reshape(-1, *styled.shape[2:]))
-            tensors = {
-                "source": encode_clips(vae, shard.source),
-                "clean": encode_clips(vae, shard.clean),
-                "styled": flat.view(*styled.shape[:2], *flat.shape[1:]),
-                "styles": torch.from_numpy(shard.styles),
-            }
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target.with_suffix(".part"))
-            target.with_suffix(".part").rename(target)
-        done.append(target)
-    return done
+        if not (work / LATENTS / f"{path.stem}.safetensors").exists():
+            encode(path.stem, Shard.load(path))
+
+
+def latent_paths(work: Path, split: str) -> list[Path]:
+    """The finished latent files of a split, in name order."""
+    return sorted((work / LATENTS).glob(f"{split}_*.safetensors"))
 
 
 def load_latents(paths: list[Path]) -> list[LatentShard]:
@@ -82,17 +89,3 @@ def load_latents(paths: list[Path]) -> list[LatentShard]:
         data = load_file(path)
         shards.append(LatentShard(data["source"], data["clean"], data["styled"], data["styles"]))
     return shards
-
-
-def main() -> None:
-    """Command line of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(".work/tiny"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for split in ("train", "validation"):
-        print(f"{split}: {len(encode_shards(args.work, split))} shards encoded", flush=True)
-
-
-if __name__ == "__main__":
-    main()

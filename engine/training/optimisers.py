@@ -31,7 +31,10 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Orthogonalised momentum. With several workers each does its share of the matrices and they add up."""
+    """Orthogonalised momentum of matrices and of convolutions, whose inputs and places count as columns.
+
+    With several workers each does its share of them and they add up.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.95) -> None:
         self.parameters = list(parameters)
@@ -47,13 +50,12 @@ class Muon:
             assert parameter.grad is not None
             buffer.lerp_(parameter.grad, 1 - self.momentum)
             mine = i % workers == rank
-            updates.append(
-                orthogonalise(parameter.grad.lerp(buffer, self.momentum)) if mine else torch.zeros_like(parameter)
-            )
+            matrix = parameter.grad.lerp(buffer, self.momentum).flatten(1)
+            updates.append(orthogonalise(matrix) if mine else torch.zeros_like(matrix))
         add_over_workers(updates)
         for parameter, update in zip(self.parameters, updates, strict=True):
-            rows, columns = parameter.shape
-            parameter.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            rows, columns = update.shape
+            parameter.add_(update.view_as(parameter), alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
 
 def world() -> tuple[int, int]:
@@ -81,10 +83,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden matrices of the blocks (for Muon), and all others (for AdamW)."""
+    """Hidden matrices and convolutions of the blocks (for Muon), and all others (for AdamW)."""
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        is_hidden = parameter.ndim == 2 and name.startswith("blocks.") and not name.endswith("modulation")
+        is_hidden = parameter.ndim in (2, 4) and "blocks." in name and not name.endswith("modulation")
         (hidden if is_hidden else others).append(parameter)
     return hidden, others

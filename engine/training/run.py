@@ -39,23 +39,29 @@ class Plan:
     seed: int
 
 
-def _generate(plan: Plan, worker: int) -> None:
+def _generate(plan: Plan, worker: int, encode: bool) -> None:
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     seconds, clips = plan.minutes * 60 * DATA_SHARE, -(-plan.clips // plan.workers)
-    data.generate(plan.people, plan.work, split="train", worker=worker, clips=clips, seconds=seconds)
+    encoder = latents.ShardEncoder(plan.work) if encode else None
+    data.generate(plan.people, plan.work, split="train", worker=worker, clips=clips, seconds=seconds, encode=encoder)
 
 
 def make_data(plan: Plan) -> None:
-    """Training clips in one process per worker, then the validation clips."""
+    """Some clips with their pictures, the projection from them, then all others as latents; one process per worker."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_generate, args=(plan, worker)) for worker in range(plan.workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"generating data failed with exit code {process.exitcode}; see its output above")
-    data.generate(plan.people, plan.work, split="validation", worker=0, clips=16, seconds=600.0)
+    for encode in (False, True):
+        processes = [context.Process(target=_generate, args=(plan, worker, encode)) for worker in range(plan.workers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"generating data failed with exit code {process.exitcode}; see its output above")
+        train_vae.solve(plan.work, plan.seed)
+        latents.encode_shards(plan.work)
+    data.generate(plan.people, plan.work, split="validation", worker=0, clips=8, seconds=600.0)
+    latents.encode_shards(plan.work, "validation")
 
 
 def run(plan: Plan) -> None:
@@ -66,8 +72,6 @@ def run(plan: Plan) -> None:
     text_table.build(plan.work)
     log(journal, "data and prompt table ready")
     train_vae.train(plan.work, plan.minutes * DECODER_SHARE, plan.seed)
-    for split in ("train", "validation"):
-        latents.encode_shards(plan.work, split)
     for stage, share in ((1, STAGE_1_SHARE), (2, STAGE_2_SHARE)):
         log(journal, f"transformer, stage {stage}")
         train_transformer.run_workers(plan.work, stage, plan.minutes * share, plan.workers, plan.seed)
@@ -76,7 +80,7 @@ def run(plan: Plan) -> None:
     model = load_model(plan.out, "cpu")
     portrait = data.held_out_portraits(plan.people)[thumbnails.PORTRAIT]
     thumbnails.write_thumbnails(model, portrait, plan.thumbnails)
-    evaluate.evaluate(plan.work, plan.out, clips=6, sheets=[0, 1])
+    evaluate.evaluate(plan.work, plan.out, people=plan.people)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """The transformer: from noise, the source latent and a prompt to the styled latent, in one step.
 
 The network returns the residual on the source (clean - source), so at its start it is the identity and spends no
-width on copying noise. Stage 1 compares latents, each channel weighted by how far it moves pixels. Stage 2 goes on
-through the frozen decoder with pixel, low-pass, edge and temporal differences; it costs three times as much a
-sample and steadies contours. Teachers are deterministic, so regression at full noise is the one-step model: no
-distillation follows. One process per core; they average their gradients.
+width on copying noise. Both stages compare pictures: pixel, low-pass, edge and temporal differences. Stage 1 takes the
+latent's linear picture, which costs next to nothing, and mostly single latent frames; stage 2 goes on with whole clips,
+in chunks of one and two latent frames, through the decoder, which learns along to make the best of what it is given;
+it is held against the teachers' own frames, for a decoded target jumps a little from chunk to chunk. Teachers are
+deterministic, so regression at full noise is the one-step model: no distillation follows. One process per core; they
+average their gradients.
 
     python -m engine.training.train_transformer --work .work/tiny --stage 1 --minutes 50 --workers 2
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +24,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.training.budget import Budget, load_checkpoint, log, save_checkpoint
-from engine.training.latents import load_latents, load_vae
+from engine.training.data import STYLES, shard_paths
+from engine.training.latents import latent_paths, load_latents, load_vae
 from engine.training.optimisers import Muon, average_gradients, split_parameters, world
-from engine.training.sampling import Batch, LatentSampler, noised
+from engine.training.sampling import Batch, LatentSampler, PictureSampler, noised
 from engine.training.text_table import build as build_text_table
+from engine.training.train_vae import decode_clip
 from engine.wan.presets import LIVEBRUSH_TINY
 from engine.wan.transformer import CausalTransformer
-from engine.wan.vae import TinyVAE, VAEState
+from engine.wan.vae import TinyVAE
 
-SMALL, WHOLE = 16, 32  # latents per side of a crop: 128 px, and the whole 256 px
-WHOLE_SHARE = 0.12
+SMALL = 16  # latents per side of a crop: 128 px
+WHOLE_SHARE = 0.1
+PAIR_SHARE = 0.25  # of clips in chunks of two latent frames, where the stage takes clips
+DECODER_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -55,44 +62,33 @@ class Stage:
 
 
 STAGES = {
-    1: Stage(1, batch=6, whole_batch=2, muon_rate=0.012, adam_rate=3e-3, hold=0.7, single_share=0.75),
-    2: Stage(2, batch=6, whole_batch=2, muon_rate=0.004, adam_rate=1e-3, hold=0.3, single_share=0.0),
+    1: Stage(1, batch=4, whole_batch=1, muon_rate=0.012, adam_rate=2e-3, hold=0.6, single_share=0.75),
+    2: Stage(2, batch=4, whole_batch=1, muon_rate=0.004, adam_rate=7e-4, hold=0.3, single_share=0.0),
 }
 
 
-def channel_weights(vae: TinyVAE) -> Tensor:
-    """How far each latent channel moves pixels, mean 1, [C, 1, 1]: from the length of its decoder column.
-
-    The power 1.4 lies between squared pixels (2), where the mean colour of a block outweighs all contours, and 1.
-    """
-    column = vae.unproject.weight[:, :, 0, 0] * vae.latent_std
-    weight = column.square().sum(0) ** 0.7
-    return (weight / weight.mean()).clamp_min(0.02).view(-1, 1, 1)
-
-
-def predict(net: CausalTransformer, batch: Batch, noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
+def predict(
+    net: CausalTransformer, batch: Batch, noisy_BTCHW: Tensor, sigma_B: Tensor, chunks: Sequence[int] | None = None
+) -> Tensor:
     """The clean latent: the source plus the network's residual."""
     prompt = net.prompt_context(batch.text, batch.mean)
-    residual = net.forward_clip(noisy_BTCHW, batch.source, 1000 * sigma_B, prompt, origin=batch.origin)
+    residual = net.forward_clip(noisy_BTCHW, batch.source, 1000 * sigma_B, prompt, chunks=chunks, origin=batch.origin)
     return batch.source + residual
 
 
-def latent_loss(clean_BTCHW: Tensor, target_BTCHW: Tensor, weights_C11: Tensor) -> Tensor:
-    """Length of the weighted error vector of each place, averaged: L1 over places, so that contours stay sharp."""
-    squared = ((clean_BTCHW - target_BTCHW).square() * weights_C11).mean(2)
-    return (squared + 1e-3).sqrt().mean()
-
-
-def pixel_loss(vae: TinyVAE, clean_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
-    """Pixel, low-pass, edge and temporal L1 between what the decoder makes of both latents."""
-    out = vae.decode(clean_BTCHW, VAEState())[0]
-    with torch.no_grad():
-        wanted = vae.decode(target_BTCHW, VAEState())[0]
-    error = out - wanted
+def picture_loss(out_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
+    """Pixel, low-pass, edge and temporal L1 between two clips of frames."""
+    error = out_BTCHW - target_BTCHW
     low = functional.avg_pool2d(error.flatten(0, 1), 4)
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     moved = error[:, 1:] - error[:, :-1]
-    return error.abs().mean() + low.abs().mean() + edges + moved.abs().mean()
+    return error.abs().mean() + low.abs().mean() + edges + 2 * moved.abs().mean()
+
+
+def seam_loss(out_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
+    """Temporal L1 between two clips of 1 + 4k frames where one chunk ends and the next begins."""
+    out, target = (frames[:, 1::4] - frames[:, :-1:4] for frames in (out_BTCHW, target_BTCHW))
+    return (out - target).abs().mean()
 
 
 class Trainer:
@@ -102,55 +98,70 @@ class Trainer:
         self.path, self.stage, self.work = work / f"transformer_{stage.number}.pt", stage, work
         state = load_checkpoint(self.path)
         self.net = CausalTransformer(LIVEBRUSH_TINY)
+        self.vae = load_vae(work)
+        self.trained = nn.ModuleDict({"transformer": self.net})
+        if stage.number > 1:
+            self.net.load_state_dict(_part(averaged_weights(work, stage.number - 1), "transformer"))
+            self.trained["vae"] = self.vae.requires_grad_(True)
+            for layer in (self.vae.project, self.vae.unproject):
+                layer.requires_grad_(False)
         if state:
-            self.net.load_state_dict(state["net"])
-        elif stage.number > 1:
-            self.net.load_state_dict(averaged_weights(work, stage.number - 1))
-        weights: dict[str, Tensor] = state["average"] if state else self.net.state_dict()
+            self.trained.load_state_dict(state["weights"])
+        weights: dict[str, Tensor] = state["average"] if state else self.trained.state_dict()
         self.average = {key: tensor.clone() for key, tensor in weights.items()}
         self.step = int(state["step"]) if state else 0
         self.samples = int(state["samples"]) if state else 0
         self.budget = Budget(minutes * 60, float(state["spent_s"]) if state else 0.0)
         hidden, others = split_parameters(self.net)
         self.muon = Muon(hidden)
-        self.adam = torch.optim.AdamW(others, stage.adam_rate, betas=(0.9, 0.95), weight_decay=1e-4)
-        if state:
+        decoder = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
+        groups = [{"params": others, "rate": stage.adam_rate}, {"params": decoder, "rate": DECODER_RATE}]
+        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+        if state and state["adam"]:
             self.muon.buffers = state["muon"]
             self.adam.load_state_dict(state["adam"])
-        self.vae = load_vae(work)
-        self.weights = channel_weights(self.vae)
         self.seed = (seed, world()[0], self.step)
-        self.sampler = self._sampler()
+        text = build_text_table(work)
+        self.prompts = [text.canonical(style) for style in STYLES]
+        self.sampler: LatentSampler | PictureSampler
+        if stage.number == 1:
+            self.sampler = LatentSampler(load_latents(latent_paths(work, "train")), self.prompts, self.seed)
+        else:
+            self.sampler = PictureSampler(shard_paths(work, "train"), self.prompts, self.vae, self.seed)
         torch.manual_seed(hash(self.seed))
-
-    def _sampler(self) -> LatentSampler:
-        paths = sorted((self.work / "latents").glob("train_*.safetensors"))
-        return LatentSampler(load_latents(paths), build_text_table(self.work), self.seed)
 
     def loss(self, batch: Batch) -> Tensor:
         """This stage's loss on a batch with fresh noise."""
-        clean = predict(self.net, batch, *noised(batch))
-        loss = latent_loss(clean, batch.target, self.weights)
-        if self.stage.number == 1:
-            return loss
-        return 0.3 * loss + pixel_loss(self.vae, clean, batch.target)
+        latents = batch.source.shape[1]
+        paired = batch.frames is not None and bool(torch.rand(()) < PAIR_SHARE)
+        clean = predict(self.net, batch, *noised(batch), (1,) + (2,) * (latents // 2) if paired else None)
+        # A clip's first latent stands for one frame, the last of its four; a single one may be from anywhere.
+        first = 3 if latents > 1 else 0
+        drawn, wanted = (self.vae.linear_picture(latent)[:, first:] for latent in (clean, batch.target))
+        linear = picture_loss(drawn, wanted)
+        if latents > 1:
+            linear = linear + seam_loss(drawn, wanted)
+        if batch.frames is None:
+            return linear
+        out = decode_clip(self.vae, clean)
+        return 0.3 * linear + picture_loss(out, batch.frames) + seam_loss(out, batch.frames)
 
     def train_step(self, batch: Batch) -> float:
         """One step of all workers together; returns this worker's loss before it."""
-        self.net.zero_grad(set_to_none=True)
+        self.trained.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(self.net.parameters())
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        average_gradients(self.trained.parameters())
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         factor = self.budget.rate(self.step, warmup_steps=40, hold=self.stage.hold)
         for group in self.adam.param_groups:
-            group["lr"] = self.stage.adam_rate * factor
+            group["lr"] = group["rate"] * factor
         self.adam.step()
         self.muon.step(self.stage.muon_rate * factor)
         self.step += 1
-        decay = min(0.99, self.step / (self.step + 20))
+        decay = min(0.998, self.step / (self.step + 20))
         with torch.no_grad():
-            for key, tensor in self.net.state_dict().items():
+            for key, tensor in self.trained.state_dict().items():
                 self.average[key].lerp_(tensor, 1 - decay)
         return float(loss.detach())
 
@@ -158,15 +169,15 @@ class Trainer:
         """A batch: mostly crops, sometimes whole pictures; in stage 1 often of one latent frame."""
         whole, single = bool(torch.rand(()) < WHOLE_SHARE), bool(torch.rand(()) < self.stage.single_share)
         count = (self.stage.whole_batch if whole else self.stage.batch) * (3 if single else 1)
-        batch = self.sampler.draw(count, WHOLE if whole else SMALL, single=single)
+        batch = self.sampler.draw(count, None if whole else SMALL, single=single)
         self.samples += len(batch.mean)
         return batch
 
     def save(self) -> None:
         """Write all that is needed to go on, from worker 0."""
-        state: dict[str, Any] = {"net": self.net.state_dict(), "average": self.average, "muon": self.muon.buffers}
-        state |= {"adam": self.adam.state_dict(), "step": self.step, "samples": self.samples}
-        save_checkpoint(self.path, state | {"spent_s": self.budget.spent_s})
+        state: dict[str, Any] = {"weights": self.trained.state_dict(), "average": self.average}
+        state |= {"muon": self.muon.buffers, "adam": self.adam.state_dict(), "step": self.step}
+        save_checkpoint(self.path, state | {"samples": self.samples, "spent_s": self.budget.spent_s})
 
     def finished(self) -> bool:
         """True for all workers at once, when worker 0's budget is spent."""
@@ -177,12 +188,29 @@ class Trainer:
 
 
 def averaged_weights(work: Path, stage: int) -> dict[str, Tensor]:
-    """The moving average of a stage's weights: what is shipped. Raises: FileNotFoundError before that stage began."""
+    """The moving average of a stage's weights, by part: what is shipped.
+
+    Raises: FileNotFoundError before that stage began.
+    """
     state = load_checkpoint(work / f"transformer_{stage}.pt")
     if state is None:
         raise FileNotFoundError(f"stage {stage} has not been trained in {work}: run engine.training.train_transformer")
     weights: dict[str, Tensor] = state["average"]
     return weights
+
+
+def trained_parts(work: Path, stage: int) -> tuple[CausalTransformer, TinyVAE]:
+    """Transformer and autoencoder as a stage left them; the first stage leaves the autoencoder alone."""
+    weights = averaged_weights(work, stage)
+    transformer, vae = CausalTransformer(LIVEBRUSH_TINY), load_vae(work)
+    transformer.load_state_dict(_part(weights, "transformer"))
+    if decoder := _part(weights, "vae"):
+        vae.load_state_dict(decoder)
+    return transformer.eval(), vae
+
+
+def _part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
 def train(work: Path, stage: int, minutes: float, seed: int = 0) -> None:

@@ -110,26 +110,38 @@ def psnr_by_style(vae: TinyVAE, work: Path, clips: int = 8) -> dict[str, float]:
     return result
 
 
-def train(work: Path, minutes: float, seed: int = 0, pca_crops: int = 200) -> TinyVAE:
-    """Solve the projection (once), then train the decoder until the budget is spent; goes on from a checkpoint."""
+def solve(work: Path, seed: int = 0, crops: int = 500) -> None:
+    """Solve the projection on the shards that are there, once: the latent space is final from here on."""
+    path = work / "vae.pt"
+    if path.exists():
+        return
     torch.manual_seed(seed)
+    pool = CropPool(shard_paths(work, "train"), np.random.default_rng(seed))
+    vae = TinyVAE(TinyVAEConfig())
+    vae.fit_pca(torch.cat([pool.draw(2, 128) for _ in range(crops // 2)]))
+    save_checkpoint(path, {"vae": vae.state_dict(), "optimiser": None, "step": 0, "spent_s": 0.0})
+
+
+def train(work: Path, minutes: float, seed: int = 0) -> TinyVAE:
+    """Train the decoder until the budget is spent; goes on from a checkpoint, for which the projection is solved."""
+    solve(work, seed)
     path, journal = work / "vae.pt", work / "vae.log"
     state = load_checkpoint(path)
-    step = int(state["step"]) if state else 0
+    assert state is not None
+    step = int(state["step"])
+    torch.manual_seed(seed + step)
     pool = CropPool(shard_paths(work, "train"), np.random.default_rng((seed, step)))
     vae = TinyVAE(TinyVAEConfig())
-    if state:
-        vae.load_state_dict(state["vae"])
-    else:
-        vae.fit_pca(torch.cat([pool.draw(2, 128) for _ in range(pca_crops // 2)]))
+    vae.load_state_dict(state["vae"])
+    if not step:
         log(journal, f"projection alone, dB: {psnr_by_style(vae, work)}")
     vae.project.requires_grad_(False)
     vae.unproject.requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.95), weight_decay=1e-4)
-    if state:
+    if state["optimiser"]:
         optimiser.load_state_dict(state["optimiser"])
-    budget = Budget(minutes * 60, float(state["spent_s"]) if state else 0.0)
+    budget = Budget(minutes * 60, float(state["spent_s"]))
 
     def save() -> None:
         save_checkpoint(
@@ -137,7 +149,6 @@ def train(work: Path, minutes: float, seed: int = 0, pca_crops: int = 200) -> Ti
             {"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent_s": budget.spent_s},
         )
 
-    save()  # the latent space is final from here on
     mean_loss = 0.0
     while budget.share < 1:
         for group in optimiser.param_groups:

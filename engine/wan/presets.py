@@ -4,6 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+REFINE_FACTOR = 2  # the refiner's resolution over the latent's
+
 
 class TransformerConfig(BaseModel):
     """Shape and habits of one checkpoint."""
@@ -27,7 +29,10 @@ class TransformerConfig(BaseModel):
     prediction: Literal["flow", "source_residual"] = Field(
         default="flow", description="what the network returns: noise - clean, or clean - source"
     )
-    refine_channels: NonNegativeInt = Field(default=0, description="width of the latent refiner; 0: none")
+    refine_channels: NonNegativeInt = Field(
+        default=0, description="width of the refiner at twice the latent's resolution; 0: none"
+    )
+    refine_blocks: PositiveInt = Field(default=2, description="residual blocks of the refiner, where there is one")
 
     @property
     def head_dim(self) -> int:
@@ -53,12 +58,12 @@ class TransformerConfig(BaseModel):
 WAN_1_3B = TransformerConfig()
 WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 LIVEBRUSH_TINY = TransformerConfig(
-    latent_channels=48,
-    condition_channels=48,
+    latent_channels=96,
+    condition_channels=96,
     dim=192,
     ffn_dim=576,
     heads=3,
-    layers=5,
+    layers=4,
     text_dim=64,
     text_len=16,
     freq_dim=128,
@@ -66,6 +71,7 @@ LIVEBRUSH_TINY = TransformerConfig(
     sink_frames=1,
     pooled_text=True,
     prediction="source_residual",
-    refine_channels=192,
+    refine_channels=64,
+    refine_blocks=5,
 )
 PRESETS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B, "livebrush-tiny": LIVEBRUSH_TINY}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional
 
 from engine.kv_cache import KVPool
 from engine.wan.presets import PRESETS, WAN_1_3B, TransformerConfig
 from engine.wan.rope import half_split_order, rope_rotation, rotate
-from engine.wan.transformer import CausalTransformer, PromptContext
+from engine.wan.transformer import CausalTransformer, PromptContext, Refiner
 from engine.wan.untrained import untrained_model
 
 WAN_LIKE = TransformerConfig(
@@ -256,7 +257,7 @@ def test_a_crop_keeps_its_place_in_the_picture() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # The counts of the published Wan 2.1 checkpoints, and ours.
-    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 3_384_240)],
+    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 3_242_720)],
 )
 def test_presets_have_the_published_size(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -318,3 +319,32 @@ def test_training_reaches_every_parameter() -> None:
     torch.autograd.backward(loss)
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert still == []
+
+
+def test_the_refiner_is_convolutions_on_a_grid_twice_as_fine() -> None:
+    torch.manual_seed(0)
+    refiner = Refiner(TINY_LIKE.model_copy(update={"refine_blocks": 2}))
+    output, source, time = torch.randn(2, 3, 4, 4, 6), torch.randn(2, 3, 4, 4, 6), torch.randn(2, 48)
+    assert torch.equal(refiner(output, source, time), output)
+    for parameter in refiner.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    width, weights = TINY_LIKE.refine_channels, dict(refiner.named_parameters())
+    for row in range(2):
+        film = (functional.silu(time[row]) @ weights["film.weight"].T + weights["film.bias"]).view(3, 2, width, 1, 1)
+        for frame in range(3):
+            both = torch.cat((output[row, frame], source[row, frame]))
+            spread = torch.einsum("oc,chw->ohw", weights["spread.weight"][:, :, 0, 0], both)
+            x = functional.pixel_shuffle(spread + weights["spread.bias"][:, None, None], 2)
+            x = (x * (1 + film[0, 0]) + film[0, 1]).relu()
+            for block in range(2):
+                first, second = (
+                    (weights[f"blocks.{block}.{name}.weight"], weights[f"blocks.{block}.{name}.bias"])
+                    for name in ("conv_in", "conv_out")
+                )
+                y = functional.conv2d(x[None], *first, padding=1)[0] * (1 + film[1 + block, 0]) + film[1 + block, 1]
+                x = x + functional.conv2d(functional.silu(y)[None], *second, padding=1)[0]
+            gathered = torch.einsum(
+                "oc,chw->ohw", weights["gather.weight"][:, :, 0, 0], functional.pixel_unshuffle(x.relu(), 2)
+            )
+            wanted = output[row, frame] + gathered + weights["gather.bias"][:, None, None]
+            torch.testing.assert_close(refiner(output, source, time)[row, frame], wanted, atol=1e-4, rtol=1e-4)

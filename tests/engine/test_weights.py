@@ -100,7 +100,7 @@ def test_every_wrong_key_is_named_at_once(folder: Path) -> None:
         "missing transformer.head.bias",
         "missing text.vocab",
         "unexpected vae.extra",
-        "transformer.head.weight is (3, 3), must be (192, 48)",
+        "transformer.head.weight is (3, 3), must be (384, 48)",
         "text.table_int8 is torch.int8 (11, 5), must be int8 (V, 64)",
     ):
         assert said in str(caught.value)

@@ -5,26 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from engine.training import export as exporting
-from engine.training import latents, train_vae
+from engine.training import latents, sampling, train_vae
 from engine.training.budget import Budget, load_checkpoint
 from engine.training.data import STYLES, Shard, shard_paths
 from engine.training.optimisers import Muon, orthogonalise, split_parameters
 from engine.training.phrases import BY_ID
 from engine.training.playback import restyle_clip
-from engine.training.prompt_classifier import unfitted
 from engine.training.teachers import Picture, stylise_clip
-from engine.training.text_table import compress
 from engine.training.thumbnails import write_thumbnails
-from engine.training.train_transformer import STAGES, Trainer, averaged_weights, channel_weights, latent_loss
+from engine.training.train_transformer import STAGES, Trainer, picture_loss, trained_parts
 from engine.wan.presets import LIVEBRUSH_TINY
-from engine.wan.text_encoder import StaticTextEncoder
 from engine.wan.transformer import CausalTransformer
-from engine.wan.untrained import VOCABULARY
 from engine.wan.vae import TinyVAE, TinyVAEConfig
-from engine.wan.weights import load_model
+from engine.wan.weights import WEIGHTS_FILE, load_model
 
 
 def moving_clip(seed: int, frames: int = 9) -> Picture:
@@ -50,17 +46,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save_shard(folder, "train", 0, (1, 9))
     save_shard(folder, "validation", 7, (1, 9))
-    vectors = np.random.default_rng(0).normal(size=(len(VOCABULARY), LIVEBRUSH_TINY.text_dim)).astype(np.float32)
-    table, scale = compress(vectors)
-    text = StaticTextEncoder(
-        torch.from_numpy(table),
-        torch.from_numpy(scale),
-        VOCABULARY,
-        LIVEBRUSH_TINY.text_len,
-        reader=unfitted(VOCABULARY),
-    )
-    save_file(text.to_tensors(), folder / "text.safetensors")
-    train_vae.train(folder, minutes=0.02, pca_crops=8)
+    shipped = load_file(exporting.MODEL_FOLDER / WEIGHTS_FILE)
+    text = {key.removeprefix("text."): tensor for key, tensor in shipped.items() if key.startswith("text.")}
+    save_file(text, folder / "text.safetensors")
+    train_vae.solve(folder, crops=8)
+    train_vae.train(folder, minutes=0.02)
     latents.encode_shards(folder)
     return folder
 
@@ -132,9 +122,33 @@ def test_an_untrained_network_predicts_the_source(work: Path) -> None:
     trainer = Trainer(work, STAGES[1], minutes=1.0, seed=0)
     trainer.net = CausalTransformer(LIVEBRUSH_TINY)
     batch = trainer.sampler.draw(2, 16, single=True)
-    weights = channel_weights(trainer.vae)
-    assert float(trainer.loss(batch).detach()) == pytest.approx(float(latent_loss(batch.source, batch.target, weights)))
-    assert batch.source.shape == (2, 1, 48, 16, 16)
+    source, target = (trainer.vae.linear_picture(latent) for latent in (batch.source, batch.target))
+    assert float(trainer.loss(batch).detach()) == pytest.approx(float(picture_loss(source, target)), rel=1e-5)
+    assert batch.source.shape == (2, 1, LIVEBRUSH_TINY.latent_channels, 16, 16)
+
+
+def test_the_second_stage_trains_the_decoder_with_the_transformer_and_hands_both_on(work: Path) -> None:
+    trained(work, 1, steps=1)[0].save()
+    refined, _, _ = trained(work, 2, steps=3)
+    refined.save()
+    transformer, vae = trained_parts(work, 2)
+    before = load_checkpoint(work / "vae.pt")
+    assert before is not None
+    assert torch.equal(vae.unproject.weight, before["vae"]["unproject.weight"])
+    assert not torch.equal(vae.decode_out.weight, before["vae"]["decode_out.weight"])
+    torch.testing.assert_close(transformer.head.weight, refined.average["transformer.head.weight"])
+
+
+def test_a_blend_is_a_mix_of_two_styles_in_picture_and_prompt(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "PHOTO_SHARE", 0.0)
+    monkeypatch.setattr(sampling, "BLEND_SHARE", 1.0)
+    trainer = Trainer(work, STAGES[1], minutes=1.0, seed=0)
+    batch = trainer.sampler.draw(1, 16)
+    (shard,) = latents.load_latents(latents.latent_paths(work, "train"))
+    a, b = (trainer.prompts[int(number)].mean for number in shard.styles[0])
+    share = torch.linalg.lstsq((b - a)[:, None], (batch.mean[0] - a)[:, None]).solution
+    assert 0.1 < float(share) < 0.9
+    torch.testing.assert_close(batch.mean[0], torch.lerp(a, b, float(share)))
 
 
 def test_export_loads_as_the_engine_loads_it_and_restyles(work: Path, tmp_path: Path) -> None:
@@ -142,9 +156,9 @@ def test_export_loads_as_the_engine_loads_it_and_restyles(work: Path, tmp_path: 
     (work / "transformer_2.pt").unlink(missing_ok=True)
     exporting.export(work, tmp_path / "model")
     model = load_model(tmp_path / "model", "cpu")
-    for key, tensor in averaged_weights(work, 1).items():
+    for key, tensor in trained_parts(work, 1)[0].state_dict().items():
         torch.testing.assert_close(model.transformer.state_dict()[key], tensor, atol=2e-3, rtol=2e-3)
-    listed = [style for style in BY_ID if style not in exporting.WITHHELD]
+    listed = list(BY_ID)
     assert [style.id for style in model.styles.styles] == listed
     assert [style.thumbnail for style in model.styles.styles] == [f"/styles/{style}.jpg" for style in listed]
     clip = moving_clip(3)
@@ -160,7 +174,7 @@ def test_thumbnails_are_written_for_every_style(work: Path, tmp_path: Path) -> N
     exporting.export(work, tmp_path / "model")
     cv2.imwrite(str(tmp_path / "face.png"), moving_clip(0)[0])
     paths = write_thumbnails(load_model(tmp_path / "model", "cpu"), tmp_path / "face.png", tmp_path / "styles")
-    assert {path.stem for path in paths} == set(BY_ID) - exporting.WITHHELD
+    assert {path.stem for path in paths} == set(BY_ID)
     pictures = [cv2.imread(str(path)) for path in paths]
     assert all(picture is not None and picture.shape == (256, 256, 3) for picture in pictures)
 
@@ -173,10 +187,10 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         assert values.max() < 1.4
 
 
-def test_muon_takes_the_hidden_matrices_and_only_those() -> None:
+def test_muon_takes_the_hidden_matrices_and_convolutions_and_only_those() -> None:
     hidden, others = split_parameters(CausalTransformer(LIVEBRUSH_TINY))
-    assert len(hidden) == 7 * LIVEBRUSH_TINY.layers
-    assert all(parameter.ndim == 2 for parameter in Muon(hidden).parameters)
+    assert len(hidden) == 7 * LIVEBRUSH_TINY.layers + 2 * LIVEBRUSH_TINY.refine_blocks
+    assert {parameter.ndim for parameter in Muon(hidden).parameters} == {2, 4}
     assert not {id(p) for p in hidden} & {id(p) for p in others}
 
 
