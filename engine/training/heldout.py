@@ -9,6 +9,7 @@ again.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -180,11 +181,9 @@ def _hash(*arrays: Clip) -> str:
 
 @cache
 def _face_finder() -> Any:
-    from skimage import data  # of the train extra, as the held-out material itself
-    from skimage.feature import Cascade
-
-    make: Any = Cascade  # untyped where it is installed, unknown where it is not
-    return make(data.lbp_frontal_face_cascade_filename())
+    # Of the train extra, as the held-out material itself; untyped where it is installed, unknown where it is not.
+    data, feature = (importlib.import_module(f"skimage.{name}") for name in ("data", "feature"))
+    return feature.Cascade(data.lbp_frontal_face_cascade_filename())
 
 
 def find_face(frame_HWC: Clip) -> Box | None:
