@@ -19,7 +19,7 @@ from engine.training.phrases import Style as TrainingStyle
 from engine.training.text_table import build as build_text_table
 from engine.training.train_transformer import trained_parts
 from engine.wan.text_encoder import Style
-from engine.wan.weights import CARD_FILE, ModelConfig, save_model
+from engine.wan.weights import ModelConfig, save_model
 
 MODEL_NAME = "livebrush-tiny"
 # What the seed changes cannot be seen: one noise sample lasts a stream, and all of the picture comes from the camera.
@@ -85,12 +85,6 @@ def training_minutes(work: Path) -> dict[str, tuple[float, int]]:
     }
     found = {name: load_checkpoint(work / file) for name, file in stages.items()}
     return {name: (float(state["spent_s"]) / 60, int(state["step"])) for name, state in found.items() if state}
-
-
-def rewrite_card(work: Path, folder: Path) -> None:
-    """Put the figures of the last evaluation into the model card, the weights untouched."""
-    card = model_card(read_evaluation(work), training_minutes(work), read_notes(work))
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ Plane = NDArray[np.float32]
 Teacher = Callable[["Frame"], Plane]
 Colour = tuple[int, int, int]
 
-SCREEN_PX = 8  # the latent grid: every pattern's period
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
