@@ -52,6 +52,9 @@ class StreamParams(BaseModel):
     strength: float = Field(default=1.0, ge=0.0, le=1.0, description="0 returns the camera, 1 the full style")
     steps: int = Field(default=1, ge=1, le=4, description="denoising steps per chunk")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of the sampling noise")
+    small: bool = Field(
+        default=False, description="render at the engine's smaller size, scaled back: a rung of the ladder, no wish"
+    )
 
     @property
     def prompts(self) -> tuple[WeightedPrompt, ...]:
@@ -131,12 +134,26 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkCostAt:
+    """Engine seconds of one chunk alone in a pass, at a number of steps and full or small size.
+
+    mean_s: what it takes. upper_s: what it stays below nearly always (the cost model's upper quantile).
+    """
+
+    steps: int
+    small: bool
+    mean_s: float
+    upper_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Capacity:
-    """What rank 0 can carry: the snapshot that admission and rate agreement are computed from.
+    """What rank 0 can carry: the snapshot that admission, the ladder and rate agreement are computed from.
 
     chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and steps (0 while
         unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
-        first_chunk_frames: T of a stream's first chunk.
+        first_chunk_frames: T of a stream's first chunk. costs: the cost of a chunk by steps and size, from the cost
+        model; empty while unknown. Where it holds no small size, the engine has none. state_bytes: of one stream.
     """
 
     chunk_cost_s: float
@@ -144,6 +161,17 @@ class Capacity:
     open_streams: int
     chunk_frames: int
     first_chunk_frames: int = 1
+    costs: tuple[ChunkCostAt, ...] = ()
+    state_bytes: int = 0
+
+    @property
+    def has_small(self) -> bool:
+        """Whether streams can be rendered at a smaller size."""
+        return any(cost.small for cost in self.costs)
+
+    def mean_s(self, steps: int, *, small: bool = False) -> float:
+        """Mean cost of a chunk at `steps`; the one number there is where the model has none for that."""
+        return next((c.mean_s for c in self.costs if (c.steps, c.small) == (steps, small)), self.chunk_cost_s)
 
 
 @dataclass(slots=True)
