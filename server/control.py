@@ -86,8 +86,8 @@ def transition_chunks(transition_s: float, fps: float, chunk_frames: int) -> int
 
 
 def shown_params(params: StreamParams, transition_s: float) -> dict[str, object]:
-    """The parameters in force as the page knows them."""
-    shown = params.model_dump(exclude={"transition_chunks"})
+    """The parameters as the page knows and wishes them; what the ladder leaves of them is told beside."""
+    shown = params.model_dump(exclude={"transition_chunks", "small"})
     return shown | {"blend": [prompt.model_dump() for prompt in params.blend], "transition_s": transition_s}
 
 

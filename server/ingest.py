@@ -50,6 +50,12 @@ class ChunkAssembler:
         """Frames that wait for their chunk to fill."""
         return len(self._pending)
 
+    def clear(self) -> tuple[int, ...]:
+        """Give up the frames that wait for their chunk to fill; returns their indices. Chunk numbers go on."""
+        indices = tuple(index for index, _, _ in self._pending)
+        self._pending = []
+        return indices
+
     def push(self, rgb: Frames, *, index: int, arrived_at: float) -> FrameChunk | None:
         """Take one [H, W, 3] frame; return a chunk when this frame completes it."""
         self._pending.append((index, arrived_at, rgb))

@@ -40,6 +40,12 @@ class ServerMetrics:
         self.reanchored = Counter(
             "livebrush_streams_reanchored", "Times a stream had drifted and was begun anew", registry=self.registry
         )
+        self.rung_moves = Counter(
+            "livebrush_rung_moves",
+            "Moves of a session on the ladder, by direction and the rung it came to",
+            ["direction", "rung"],
+            registry=self.registry,
+        )
         self.faults = Counter("livebrush_faults", "Errors that reached a wall", ["where"], registry=self.registry)
         self.ttff = Histogram(
             "livebrush_ttff_seconds",
@@ -78,6 +84,7 @@ class SessionMetrics:
         self.released_at = float("-inf")
         self.dropped: Counts[str] = Counts()
         self.withheld: Counts[str] = Counts()
+        self.rung_moves: Counts[str] = Counts()
         self._server = server
         self._budget_s = latency_budget_s
         # (instant, due, missed) for the on-time share of the last WINDOW_S.
@@ -116,6 +123,11 @@ class SessionMetrics:
         """The model's picture was not fit to be shown; the camera's frames are on their way instead."""
         self.withheld[reason] += frames
         self._server.withheld.labels(reason).inc(frames)
+
+    def on_rung(self, direction: str, name: str) -> None:
+        """The session was moved `direction` ("down" or "up") to the rung of that name."""
+        self.rung_moves[direction] += 1
+        self._server.rung_moves.labels(direction, name).inc()
 
     def on_reanchored(self, times: int) -> None:
         """The stream had drifted, and its cache was begun anew."""

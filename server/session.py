@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.api import (
     Engine,
@@ -32,6 +32,7 @@ from engine.config import MAX_STEPS
 from server import control
 from server.acks import Ack, AckBook
 from server.ingest import ChunkAssembler, RateGate, to_rgb
+from server.ladder import Rung
 from server.metrics import ServerMetrics, SessionMetrics
 from server.pacer import Pacer
 from server.peer import Peer, PeerGone, answer_offer
@@ -50,6 +51,8 @@ ENGINE_RETRY_S = 1.0
 RELEASE_POLL_S = 0.25
 AUDIO_DELAY_SMOOTHING = 0.05
 BUSY_SHARE = 0.95
+# Reason of frames that the camera rung shows as they came, or takes back from the engine.
+CAMERA_RUNG = "camera_rung"
 
 STAGES = {
     EngineState.STARTING: "is starting",
@@ -98,8 +101,9 @@ class Session:
     ) -> None:
         self.id = session_id
         self.params = params
+        """What the user wishes; the engine gets what `rung` leaves of it."""
         self.transition_s = transition_s
-        self.fps = fps
+        self.rung = Rung(context.steps_max, small=False, fps=fps)
         self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._context = context
         self._clock = context.clock
@@ -107,6 +111,8 @@ class Session:
         self.peer: Peer | None = None
         self._stream: EngineStream | None = None
         self._stream_drops = self._stream_reanchored = 0
+        # Of the last move, for a page that has yet to connect.
+        self._rung_notice: tuple[str, dict[str, object]] | None = None
         self._fault_told_at: dict[str, float] = {}
         self._told = ""
         self._gate = RateGate(fps)
@@ -119,6 +125,11 @@ class Session:
         self._acks = AckBook()
         self._bad_messages = 0
 
+    @property
+    def fps(self) -> float:
+        """The agreed output rate, frames a second."""
+        return self.rung.fps
+
     # --- lifetime
 
     async def run(self, offer_sdp: str) -> str:
@@ -129,6 +140,7 @@ class Session:
         async with answer_offer(offer_sdp, self._context.settings.media) as peer:
             self.peer = peer
             self.answered.set_result(peer.answer_sdp)
+            self._tell_rung()
             reason = ""
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -160,6 +172,10 @@ class Session:
                 raise PeerGone(reason)
 
     def _take(self, rgb: Frames, index: int, arrived_at: float) -> None:
+        if self.rung.camera:
+            self.metrics.on_withheld(CAMERA_RUNG, 1)
+            self._queue([Picture(index, arrived_at, rgb, withheld=True)])
+            return
         stream = self._stream
         # Once the user looks at the camera it keeps moving until the restyled picture comes; a warm server starts
         # with the restyled picture and never shows the camera.
@@ -195,7 +211,7 @@ class Session:
         while True:
             try:
                 await self._wait_ready(restarting=was_lost)
-                async with engine.open_stream(self.id, self.params) as stream:
+                async with engine.open_stream(self.id, self._engine_params()) as stream:
                     self._open(stream)
                     if was_lost:
                         self._notice("engine_back", "The engine is back.")
@@ -373,7 +389,7 @@ class Session:
             case control.Params():
                 control.check_steps(message, self._context.steps_max, message.id)
                 self._change(message)
-                self._request_ack(message.id, self._stream.update(self.params) if self._stream else None)
+                self._request_ack(message.id, self._stream.update(self._engine_params()) if self._stream else None)
             case control.Bypass():
                 self._presenter.bypass = message.on
                 self._request_ack(message.id, 0 if self._stream else None)
@@ -409,6 +425,7 @@ class Session:
                     first_frame=ack.first_frame,
                     first_chunk=ack.first_chunk,
                     params=control.shown_params(self.params, self.transition_s),
+                    in_force=self._in_force(),
                     style=styles[first] if styles else None,
                     styles=styles if len(styles) > 1 else None,
                 )
@@ -455,17 +472,97 @@ class Session:
         return "none"
 
     def set_rate(self, fps: float) -> None:
-        """Agree another output rate from now on, with a notice to the page."""
+        """Agree another output rate from now on, with a notice to the page; the rest of the rung stays."""
         if fps == self.fps:
             return
-        self.fps = fps
-        self._gate.set_rate(fps)
-        self._pacer.set_rate(fps)
+        self._stand_on(replace(self.rung, fps=fps))
         self._notice("rate_changed", f"The picture now runs at {fps:g} frames a second.", fps=fps)
+
+    def set_rung(self, rung: Rung, reason: str) -> None:
+        """Have no more than `rung` gives from the next chunk on; the wish itself is kept for the way back.
+
+        A change of what is in force is told to the page and counted; a rung that changes nothing for this session
+        (a wish of one step cannot be lowered) is not.
+
+        Args:
+            reason: why, in plain words: the end of the notice's sentence.
+        """
+        before = self._in_force()
+        direction = "up" if _height(rung) > _height(self.rung) else "down"
+        entered_camera = rung.camera and not self.rung.camera
+        old_params = self._engine_params()
+        self._stand_on(rung)
+        after = self._in_force()
+        if after == before:
+            return
+        if entered_camera:
+            self._leave_engine()
+        if self._stream is not None and self._engine_params() != old_params:
+            self._stream.update(self._engine_params())
+        self.metrics.on_rung(direction, rung_name(rung))
+        self._rung_notice = (_rung_words(before, after, reason), after | {"direction": direction, "reason": reason})
+        log.info("session %s: %s to %s: %s", self.id, direction, rung_name(rung), reason)
+        self._tell_rung()
+
+    def _tell_rung(self) -> None:
+        if self.peer is not None and self._rung_notice is not None:
+            message, fields = self._rung_notice
+            self._notice("rung_changed", message, **fields)
+
+    def _stand_on(self, rung: Rung) -> None:
+        if rung.fps != self.fps:
+            self._gate.set_rate(rung.fps)
+            self._pacer.set_rate(rung.fps)
+        self.rung = rung
+
+    def _engine_params(self) -> StreamParams:
+        """What the rung leaves of the wish."""
+        steps = min(self.params.steps, self.rung.steps)
+        return self.params.model_copy(update={"steps": steps, "small": self.rung.small})
+
+    def _in_force(self) -> dict[str, object]:
+        """What the user has now, beside what was wished."""
+        params = self._engine_params()
+        return {"steps": params.steps, "small": params.small, "fps": self.fps, "camera": self.rung.camera}
+
+    def _leave_engine(self) -> None:
+        """Show the camera from the next frame on: what is on its way through the engine is given up."""
+        inside = len(self._assembler.clear()) + sum(len(chunk.frames) for chunk in self._sources.values())
+        self.metrics.on_dropped(self._clock(), CAMERA_RUNG, inside)
+        self._sources.clear()
+        self._restyling = False
 
     def _new_assembler(self) -> ChunkAssembler:
         capacity, budget_s = self._context.engine.capacity, self._context.settings.latency_budget_s
         return ChunkAssembler(capacity.chunk_frames, budget_s, first_chunk_frames=capacity.first_chunk_frames)
+
+
+def rung_name(rung: Rung) -> str:
+    """A rung as a label, say "2 steps, small, 12 fps"."""
+    size = "small" if rung.small else "full"
+    return "camera" if rung.camera else f"{rung.steps} steps, {size}, {rung.fps:g} fps"
+
+
+def _height(rung: Rung) -> tuple[bool, float, bool, int]:
+    """Orders rungs: what the ladder gives up last weighs most."""
+    return (not rung.camera, rung.fps, not rung.small, rung.steps)
+
+
+def _rung_words(before: Mapping[str, object], after: Mapping[str, object], reason: str) -> str:
+    """What changed, and why, as one sentence."""
+    changed = {name for name in after if after[name] != before[name]}
+    words = []
+    if "camera" in changed:
+        words.append("you see your camera" if after["camera"] else "the painting comes back")
+    if not after["camera"]:
+        if "steps" in changed:
+            words.append(f"painted in {after['steps']} instead of {before['steps']} steps")
+        if "small" in changed:
+            words.append("painted smaller" if after["small"] else "painted at full size")
+        if "fps" in changed:
+            words.append(f"{after['fps']:g} instead of {before['fps']:g} frames a second")
+    text = ", ".join(words)
+    return f"{text[:1].upper()}{text[1:]}: {reason}."
 
 
 def _first_reason(group: BaseExceptionGroup[PeerGone]) -> str:

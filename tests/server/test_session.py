@@ -1,0 +1,188 @@
+"""A session without a network: a scripted peer, a scripted engine, and the messages that the page gets."""
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.api import RenderedChunk, StreamCounters, StreamParams
+from engine.fake import FakeEngine
+from server.ladder import Rung
+from server.metrics import ServerMetrics
+from server.session import Session, SessionContext, rung_name
+from server.settings import ServerSettings
+
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+FULL = Rung(4, small=False, fps=24)
+
+
+class Clock:
+    """Time that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ScriptedPeer:
+    """What a session says and shows, without a connection."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self.video_delay_s = 0.0
+        self.said: list[dict[str, Any]] = []
+        self.shown: list[Any] = []
+
+    def send_control(self, text: str) -> None:
+        self.said.append(json.loads(text))
+
+    def send_frame(self, frame: Any) -> None:
+        self.shown.append(frame)
+
+    def notices(self, code: str) -> list[dict[str, Any]]:
+        return [m for m in self.said if m["type"] == "notice" and m["code"] == code]
+
+
+class ScriptedStream:
+    """A stream that returns what the test tells it to."""
+
+    def __init__(self) -> None:
+        self.counters = StreamCounters()
+        self.submitted: list[Any] = []
+        self.updates: list[StreamParams] = []
+
+    def submit(self, chunk: Any) -> None:
+        self.submitted.append(chunk)
+
+    def update(self, params: StreamParams) -> int:
+        self.updates.append(params)
+        return len(self.updates)
+
+    def __aiter__(self) -> AsyncIterator[RenderedChunk]:
+        raise AssertionError("the test hands over what is rendered")
+
+    def rendered(self, place: int, **given: Any) -> RenderedChunk:
+        chunk = self.submitted[place]
+        return RenderedChunk(
+            chunk.index, chunk.frames, chunk.frame_indices, chunk.captured_at, len(self.updates), 0.0, 0.0, **given
+        )
+
+
+@pytest.fixture
+async def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def session(clock: Clock) -> Session:
+    metrics, pool = ServerMetrics(), ThreadPoolExecutor(1)
+    context = SessionContext(FakeEngine(8, 8), ServerSettings(), metrics, pool, clock)
+    made = Session("s", context, StreamParams(steps=2, prompt="neon"), fps=24)
+    made.peer = ScriptedPeer()  # type: ignore[assignment]
+    return made
+
+
+def said_by(session: Session) -> ScriptedPeer:
+    assert isinstance(session.peer, ScriptedPeer)
+    return session.peer
+
+
+def open_stream(session: Session) -> ScriptedStream:
+    stream = ScriptedStream()
+    session._open(stream)
+    return stream
+
+
+def feed(session: Session, clock: Clock, count: int, first: int = 0) -> None:
+    for index in range(first, first + count):
+        clock.now += 1 / 24
+        session.metrics.on_arrival(clock.now, admitted=True)
+        session._take(PICTURE, index, clock.now)
+
+
+def play_out(session: Session, clock: Clock) -> None:
+    while session._pacer.due_at() is not None:
+        clock.now += 1 / 24
+        session._release(said_by(session), session._pacer.pop(clock.now))  # type: ignore[arg-type]
+
+
+# --- the rung
+
+
+async def test_a_lower_rung_limits_the_engine_and_keeps_the_wish(session: Session) -> None:
+    stream = open_stream(session)
+    session.set_rung(Rung(1, small=True, fps=12), "the engine needs 340 ms a chunk")
+    assert session.params.steps == 2 and not session.params.small and session.fps == 12
+    assert [(p.steps, p.small, p.prompt) for p in stream.updates] == [(1, True, "neon")]
+    (notice,) = said_by(session).notices("rung_changed")
+    assert (notice["direction"], notice["steps"], notice["small"], notice["fps"], notice["camera"]) == (
+        *("down", 1, True, 12),
+        False,
+    )
+    assert notice["reason"] == "the engine needs 340 ms a chunk" and notice["message"].endswith(notice["reason"] + ".")
+    for words in ("1 instead of 2 steps", "smaller", "12 instead of 24 frames"):
+        assert words in notice["message"]
+    assert not said_by(session).notices("rate_changed")
+    session.set_rung(FULL, "there is room again")
+    assert [(p.steps, p.small) for p in stream.updates] == [(1, True), (2, False)]
+    assert said_by(session).notices("rung_changed")[-1]["direction"] == "up"
+    assert session.metrics.rung_moves == {"down": 1, "up": 1}
+
+
+async def test_a_rung_that_changes_nothing_for_this_wish_is_not_told(session: Session) -> None:
+    stream = open_stream(session)
+    session.set_rung(Rung(2, small=False, fps=24), "the engine is slow")
+    assert stream.updates == [] and said_by(session).said == [] and not session.metrics.rung_moves
+
+
+async def test_a_rung_set_before_the_page_is_there_is_told_when_it_is(session: Session) -> None:
+    peer, session.peer = session.peer, None
+    session.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
+    session.peer = peer
+    session._tell_rung()
+    assert [n["steps"] for n in said_by(session).notices("rung_changed")] == [1]
+
+
+async def test_an_ack_tells_the_wish_and_what_is_in_force(session: Session) -> None:
+    session.set_rung(Rung(1, small=False, fps=15), "the engine is slow")
+    session._request_ack(5, None)
+    ack = said_by(session).said[-1]
+    assert ack["params"]["steps"] == 2 and "small" not in ack["params"]
+    assert ack["in_force"] == {"steps": 1, "small": False, "fps": 15, "camera": False}
+
+
+async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in(
+    session: Session, clock: Clock
+) -> None:
+    stream = open_stream(session)
+    feed(session, clock, 1)
+    session._on_rendered(stream, stream.rendered(0))
+    play_out(session, clock)
+    feed(session, clock, 6, first=1)
+    session.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
+    submitted = len(stream.submitted)
+    session._on_rendered(stream, stream.rendered(1))  # comes back too late: it is not shown
+    feed(session, clock, 8, first=7)
+    play_out(session, clock)
+    assert len(stream.submitted) == submitted
+    shown = said_by(session).shown
+    assert [frame.kind for frame in shown[1:]] == [0] * (len(shown) - 1) and shown[-1].index == 14
+    session.set_rung(FULL, "there is room again")
+    feed(session, clock, 4, first=15)
+    play_out(session, clock)
+    assert shown[-1].index == 18 and shown[-1].kind == 0  # the camera until the restyled picture is there
+    assert [chunk.index for chunk in stream.submitted] == [0, 1, 2]
+    session._on_rendered(stream, stream.rendered(2))
+    play_out(session, clock)
+    assert shown[-1].kind == 1 and str(session._presenter.view) == "fading"
+
+
+def test_a_rung_has_a_name_of_few_kinds() -> None:
+    assert rung_name(Rung(2, small=True, fps=12)) == "2 steps, small, 12 fps"
+    assert rung_name(Rung(1, small=True, fps=5, camera=True)) == "camera"
