@@ -11,7 +11,7 @@ import contextlib
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +32,17 @@ from engine.api import (
     Understood,
 )
 from engine.chunks import check_shape
-from engine.config import CHUNK_FRAMES
+from engine.config import CHUNK_FRAMES, MAX_STEPS
+from engine.cost_model import CostModel, Work, chunk_costs
 from engine.readiness import Readiness
 from engine.results import ResultQueue
 from engine.scheduler import Drop, Item, Scheduler
 
 # A loading fake tells its progress in steps of this.
 LOAD_PERCENT = 5
+# Of a chunk of one step, the share of its encode and decode; the rest is the step's, and nothing takes anything else.
+ENDS_SHARE = 0.3
+NOTHING_S = 1e-9
 
 
 def tint(frames: Frames, params: StreamParams) -> Frames:
@@ -87,6 +91,7 @@ class FakeStream:
             raise self.results.error
         self._updates += 1
         self.pending = (self._updates, params)
+        self.engine.change(self.number, params)
         return self._updates
 
     def __aiter__(self) -> AsyncIterator[RenderedChunk]:
@@ -104,7 +109,9 @@ class FakeStream:
 class FakeEngine:
     """The contract of `engine.api.Engine` in this process.
 
-    delay_s: how long a chunk takes; may be changed while it runs. load_s: how long `start` takes to become ready.
+    delay_s: how long a chunk of one step takes at full size; may be changed while it runs, which the capacity follows
+        as chunks are rendered. More steps multiply 0.7 of it. small_share: what the small size takes of that; 0: there
+        is none. load_s: how long `start` takes to become ready.
     first_chunk_frames: of a stream's first chunk. held_chunks: a chunk comes back when this many newer ones have been
         taken up, as in mode `batch` with one step more.
     understands: what a prompt is taken for, by its text; nothing else is told of.
@@ -122,8 +129,10 @@ class FakeEngine:
         max_streams: int = 4,
         first_chunk_frames: int = 1,
         held_chunks: int = 0,
+        small_share: float = 0.56,
     ) -> None:
         self.delay_s = delay_s
+        self.small_share = small_share
         self.load_s = load_s
         self.max_streams = max_streams
         self.first_chunk_frames = first_chunk_frames
@@ -134,7 +143,10 @@ class FakeEngine:
         self.streams: dict[int, FakeStream] = {}
         self._size = (width, height)
         self._readiness = Readiness()
-        self._scheduler = Scheduler()
+        ends_s = max(ENDS_SHARE * delay_s, NOTHING_S)
+        step_s = max((1 - ENDS_SHARE) * delay_s, NOTHING_S)
+        self._costs = CostModel((NOTHING_S, NOTHING_S, ends_s, step_s, NOTHING_S), small_share=small_share or 1.0)
+        self._scheduler = Scheduler(self._costs)
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -146,7 +158,17 @@ class FakeEngine:
     @property
     def capacity(self) -> Capacity:
         """See `Engine.capacity`."""
-        return Capacity(self.delay_s, self.max_streams, len(self.streams), CHUNK_FRAMES, self.first_chunk_frames)
+        costs = (
+            chunk_costs(self._costs, range(1, MAX_STEPS + 1), has_small=self.small_share > 0) if self.delay_s else ()
+        )
+        return Capacity(
+            chunk_cost_s=costs[0].mean_s if costs else 0.0,
+            max_streams=self.max_streams,
+            open_streams=len(self.streams),
+            chunk_frames=CHUNK_FRAMES,
+            first_chunk_frames=self.first_chunk_frames,
+            costs=costs,
+        )
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -180,7 +202,7 @@ class FakeEngine:
         if number is None:
             raise EngineFull(f"all {self.max_streams} streams are open: close one or raise max_streams")
         stream = self.streams[number] = FakeStream(self, number, params)
-        self._scheduler.open(number)
+        self._scheduler.open(number, steps=params.steps, small=self._is_small(params))
         try:
             yield stream
         finally:
@@ -200,19 +222,27 @@ class FakeEngine:
         self._drop(self._scheduler.push(item))
         self._work.set()
 
+    def change(self, number: int, params: StreamParams) -> None:
+        """Take note of what a stream's next chunk will be rendered with."""
+        self._scheduler.change(number, steps=params.steps, small=self._is_small(params))
+
+    def _is_small(self, params: StreamParams) -> bool:
+        return params.small and self.small_share > 0
+
     async def _run(self) -> None:
         for percent in range(0, 100, LOAD_PERCENT if self.load_s else 100):
             await self._readiness.set(EngineStatus(EngineState.LOADING, percent, "loading the fake"))
             await asyncio.sleep(self.load_s * LOAD_PERCENT / 100)
         await self._readiness.set(EngineStatus(EngineState.READY, 100))
         while True:
-            item, drops = self._scheduler.pick(time.monotonic(), self.delay_s)
-            self._drop(drops)
-            if item is None:
+            picked = self._scheduler.pick(time.monotonic())
+            self._drop(picked.drops)
+            if picked.work is None:
                 self._work.clear()
                 await self._work.wait()
-            elif stream := self.streams.get(item.stream):
-                await self._render(stream, item)
+            for item in picked.items:
+                if stream := self.streams.get(item.stream):
+                    await self._render(stream, item)
 
     async def _render(self, stream: FakeStream, item: Item) -> None:
         started = time.monotonic()
@@ -222,7 +252,12 @@ class FakeEngine:
         chunk = stream.waiting[item.chunk]
         frames = chunk.frames if self.fault else tint(chunk.frames, stream.params)
         stream.held.append((chunk, frames, stream.revision, started, self.fault))
-        await asyncio.sleep(self.delay_s)
+        params = stream.params
+        small = self._is_small(params)
+        seconds = self.delay_s * (ENDS_SHARE + (1 - ENDS_SHARE) * params.steps) * (self.small_share if small else 1.0)
+        await asyncio.sleep(seconds)
+        # The time meant, not the time slept: what else this process does is no cost of the engine.
+        self._costs.observe(Work.of_chunk(params.steps, small=small), seconds)
         while len(stream.held) > self.held_chunks:
             self._hand_back(stream, *stream.held.popleft())
 
@@ -253,7 +288,7 @@ class FakeEngine:
             )
         )
 
-    def _drop(self, drops: list[Drop]) -> None:
+    def _drop(self, drops: Sequence[Drop]) -> None:
         for drop in drops:
             if stream := self.streams.get(drop.item.stream):
                 chunk = stream.waiting.pop(drop.item.chunk)

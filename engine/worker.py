@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
 from engine.chunks import ChunkCost
 from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig, ServingProfile
+from engine.cost_model import CostModel, Work
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
@@ -129,7 +130,8 @@ class Worker:
         self._connection = connection
         self._memory = memory
         self._settings = settings
-        self._scheduler = Scheduler()
+        self._costs = CostModel()
+        self._scheduler = Scheduler(self._costs, micro_batch=settings.micro_batch)
         self._streams: dict[int, _Stream] = {}
         # Results of passes that may still be running on the device: one is copied out while the next is made.
         self._passes: deque[list[_Result]] = deque()
@@ -162,7 +164,9 @@ class Worker:
             # Its gigabytes may take minutes, in a process of its own; a rank that says nothing is taken for dead.
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        self._cost = ChunkCost(self._warm_up(profile))
+        cost_s = self._warm_up(profile)
+        self._cost = ChunkCost(cost_s)
+        self._costs.profile([(Work.of_chunk(profile.steps), cost_s)])
         self._pipeline.batch.seal()
         self._connection.send(
             Status(
@@ -223,9 +227,9 @@ class Worker:
     def run(self) -> None:
         """Serve until the server closes the connection, which raises Disconnected."""
         while True:
-            now, cost_s = time.monotonic(), self._cost.chunk_cost_s
-            items, drops = self._scheduler.pick_batch(now, cost_s, self._settings.micro_batch)
-            self._report(drops)
+            picked = self._scheduler.pick(time.monotonic())
+            items = list(picked.items)
+            self._report(picked.drops)
             if items:
                 self._render(items)
             # The newest pass goes on while the one before is delivered; with nothing to do it is waited for.
@@ -270,7 +274,7 @@ class Worker:
         self._forget(number)
         self._connection.send(StreamFailed(stream=number, message=f"rendering failed: {error}"))
 
-    def _report(self, drops: list[Drop]) -> None:
+    def _report(self, drops: Sequence[Drop]) -> None:
         for drop in drops:
             item = drop.item
             self._connection.send(Dropped(stream=item.stream, chunk=item.chunk, slot=item.slot, reason=drop.reason))
