@@ -14,11 +14,12 @@ is the data sheet's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import exp
-from typing import Literal
+from math import exp, log
+from typing import Any, Literal
 
-from engine.cost_model import Work
+from engine.cost_model import CostModel, Work
 from engine.wan.presets import PRESETS, TransformerConfig
 
 # Floating point operations of one chunk of four frames, for each pixel of a frame: counted on the repository's own
@@ -32,6 +33,8 @@ MAX_DEVICES = 64
 CPU_MODEL = "livebrush-tiny"
 CPU_PIXELS = 256 * 256
 Z95 = 1.645
+# Of encode and decode together, where only their sum was measured.
+ENCODE_SHARE = 0.4
 
 Vae = Literal["full", "light"]
 
@@ -90,9 +93,7 @@ class ChunkCosts:
         return replace(self, pass_s=self.pass_s * GRAPH_SHARE)
 
 
-def _gpu(
-    name: str, title: str, tflops: float, tbytes: float, gigabytes: int, link: str, base: Device
-) -> Device:
+def _gpu(name: str, title: str, tflops: float, tbytes: float, gigabytes: int, link: str, base: Device) -> Device:
     """A device scaled from a fitted one: what is bound by memory goes with its bandwidth, launches stay."""
     faster = tbytes * 1e12 / base.bandwidth
     return Device(
@@ -226,4 +227,41 @@ def cpu_costs(width: int, height: int, *, slower: float = 1.0) -> ChunkCosts:
         decode_s=costs.decode_s * share,
         pass_s=costs.pass_s * slower,
         row_s=costs.row_s * share,
+    )
+
+
+def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
+    """Costs from a measured profile: a `CostModel.snapshot()`, or an object with `costs` as in `Capacity.costs`.
+
+    Costs by steps alone do not tell what a common pass of several chunks would save: none is assumed then.
+
+    Args:
+        window: latent frames in the model's cache.
+    Raises: ValueError naming what is missing.
+    """
+    if "coefficients_s" in profile:
+        model = CostModel.from_snapshot(profile)
+        fixed, forward, latent, row, cached = model.coefficients_s[:5]
+        noise = log(model.factor) / Z95
+        return ChunkCosts(
+            ENCODE_SHARE * latent, (1 - ENCODE_SHARE) * latent, 1, forward, row + window * cached, fixed, noise=noise
+        )
+    try:
+        known = sorted(
+            (int(cost["steps"]), float(cost["mean_s"]), float(cost["upper_s"]))
+            for cost in profile["costs"]
+            if not cost.get("small", False)
+        )
+        if not known or not all(steps >= 1 and 0 < mean_s <= upper_s for steps, mean_s, upper_s in known):
+            raise ValueError("steps must be 1 or more, and 0 < mean_s <= upper_s")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no profile: expected a cost model's snapshot, or costs with steps, mean_s and upper_s ({error!r})"
+        ) from error
+    (few, few_s, upper_s), (many, many_s, _) = known[0], known[-1]
+    step_s = (many_s - few_s) / (many - few) if many > few else few_s / few
+    step_s = min(max(step_s, 0.0), few_s / few)
+    coded_s = few_s - few * step_s
+    return ChunkCosts(
+        ENCODE_SHARE * coded_s, (1 - ENCODE_SHARE) * coded_s, 1, 0.0, step_s, noise=log(upper_s / few_s) / Z95
     )

@@ -31,7 +31,7 @@ WARM_UP_S = 2.0
 MISSES_HELD = 0.01
 MAX_SESSIONS = 512
 # Chunks on their way in a group of several ranks, for each rank: live, and saturated, where latency is no matter.
-IN_FLIGHT = (2, 3)
+IN_FLIGHT = (1, 3)
 # The public demo asks its queue every 100 ms whether four frames are there. What it then spends on the way out
 # (queues between processes, JPEG) is fitted to the published latencies of one H100: mean and spread, the two constants.
 POLL_S = 0.1
@@ -402,12 +402,16 @@ def arrange(
 
     Args:
         max_streams: sessions that fit into the memory of a group of so many devices.
+    Raises: ValueError, if not one session fits.
     """
+    sizes = [n for n in range(1, len(costs) + 1) if max_streams is None or max_streams(n) > 0]
+    if not sizes:
+        raise ValueError(f"the model and one session do not fit into the memory of {len(costs)} devices: take more")
     if workload.saturated:
-        runs = [costs[i : i + n] for n in range(1, len(costs) + 1) for i in range(len(costs) - n + 1)]
+        runs = [costs[i : i + n] for n in sizes for i in range(len(costs) - n + 1)]
         return (min((split(run, steps) for run in runs), key=lambda ring: _slowest_s(ring, steps)),)
     plans = []
-    for size in range(1, len(costs) + 1):
+    for size in sizes:
         rings = [split(costs[i : i + size], steps) for i in range(0, len(costs), size)]
         carried = 0
         for ring in rings:
