@@ -19,6 +19,7 @@ from aiortc.mediastreams import VIDEO_CLOCK_RATE, VIDEO_TIME_BASE, MediaStreamEr
 from server.frames import OutgoingFrame
 
 MAX_WAITING = 2
+MAX_UNSENT = 256
 MAX_SOUND = 150  # 3 s of 20 ms frames
 POLL_S = 0.1
 
@@ -33,12 +34,16 @@ class ReleasedFrame:
 
 
 class OutgoingVideo(MediaStreamTrack):
-    """Pictures on their way to the encoder: `push` never waits, at most two are held, the newest win."""
+    """Pictures on their way to the encoder: `push` never waits, at most two are held, the newest win.
+
+    unsent: (frame index, reason) of pictures that were released and never left, until someone takes them.
+    """
 
     kind = "video"
 
     def __init__(self, counters: Counter[str]) -> None:
         super().__init__()
+        self.unsent: deque[tuple[int, str]] = deque(maxlen=MAX_UNSENT)
         self._counters = counters
         self._held: deque[ReleasedFrame] = deque()
         self._ready = asyncio.Event()
@@ -51,7 +56,7 @@ class OutgoingVideo(MediaStreamTrack):
             self._first_at = now
         self._ticks = max(self._ticks + 1, round((now - self._first_at) * VIDEO_CLOCK_RATE))
         if len(self._held) >= MAX_WAITING:
-            self._held.popleft()
+            self.unsent.append((self._held.popleft().frame.index, "encoder_behind"))
             self._counters["outgoing_dropped"] += 1
         self._held.append(ReleasedFrame(frame, now, self._ticks))
         self._ready.set()

@@ -45,11 +45,6 @@ class ChunkAssembler:
         self._wanted = first_chunk_frames
         self._pending: list[tuple[int, float, Frames]] = []
 
-    @property
-    def pending(self) -> int:
-        """Frames that wait for their chunk to fill."""
-        return len(self._pending)
-
     def clear(self) -> tuple[int, ...]:
         """Give up the frames that wait for their chunk to fill; returns their indices. Chunk numbers go on."""
         indices = tuple(index for index, _, _ in self._pending)

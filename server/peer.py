@@ -66,6 +66,8 @@ class Peer:
         """The answer, all candidates of this server included."""
         self.video_delay_s = 0.0
         """Smoothed delay of the video pipeline; audio is held back that long. Settable."""
+        self.connected_at: float | None = None
+        """Monotonic seconds: ICE and DTLS were up; None until then."""
         self._counters: Counter[str] = Counter(candidates_refused=offer.candidates_refused)
         self._offer = offer
         self._settings = settings
@@ -120,6 +122,12 @@ class Peer:
         marks = list(self._video_sender.marks)
         self._video_sender.marks.clear()
         return marks
+
+    def take_unsent(self) -> list[tuple[int, str]]:
+        """Return (frame index, reason) of released pictures that never left since the last call; at most 256."""
+        unsent = list(self._pictures.unsent)
+        self._pictures.unsent.clear()
+        return unsent
 
     async def next_message(self) -> str | None:
         """Wait for the next text of the control channel; None once the peer is gone, and ever after.
@@ -246,6 +254,7 @@ class Peer:
         state = self._connection.connectionState
         if state == "connected":
             self._counters["connected"] = 1
+            self.connected_at = self.connected_at or time.monotonic()
         elif state == "failed":
             self._leave("failed")
         elif state == "closed":

@@ -79,6 +79,7 @@ class VideoSender(RTCRtpSender):
         )
         if not payloads:
             self._counters["encoder_skipped"] += 1
+            self._pictures.unsent.append((released.frame.index, "encoder_skipped"))
             return None
         self._policy.sent(8 * sum(map(len, payloads)), now)
         self._counters["frames_sent"] += 1

@@ -9,8 +9,10 @@ a moving picture. The session opens everything it uses and closes it when its `r
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -53,6 +55,10 @@ AUDIO_DELAY_SMOOTHING = 0.05
 BUSY_SHARE = 0.95
 # Reason of frames that the camera rung shows as they came, or takes back from the engine.
 CAMERA_RUNG = "camera_rung"
+# Ends in which there is nobody left to tell.
+PEER_LEFT = {"goodbye", "closed_by_peer", "vanished", "failed", "never_connected"}
+# For the summary to leave before its channel is closed.
+GOODBYE_S = 0.05
 
 STAGES = {
     EngineState.STARTING: "is starting",
@@ -111,12 +117,14 @@ class Session:
         self.peer: Peer | None = None
         self._stream: EngineStream | None = None
         self._stream_drops = self._stream_reanchored = 0
+        # Chunks that this stream lost, by reason, as far as they are in the books.
+        self._reasons_given: Counter[str] = Counter()
         # Of the last move, for a page that has yet to connect.
         self._rung_notice: tuple[str, dict[str, object]] | None = None
         self._fault_told_at: dict[str, float] = {}
         self._told = ""
         self._gate = RateGate(fps)
-        self._pacer: Pacer[Picture] = Pacer(fps)
+        self._pacer: Pacer[Picture] = Pacer(fps, context.settings.latency_budget_s)
         self._presenter = Presenter(bypass=bypass)
         self._sources: dict[int, FrameChunk] = {}
         self._assembler = self._new_assembler()
@@ -139,16 +147,41 @@ class Session:
         """
         async with answer_offer(offer_sdp, self._context.settings.media) as peer:
             self.peer = peer
+            self.metrics.on_stage("answer", self._clock())
             self.answered.set_result(peer.answer_sdp)
             self._tell_rung()
-            reason = ""
+            reason = "fault"
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
-                        tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
-            except* PeerGone as gone:
-                reason = _first_reason(gone)
+                reason = await self._serve(peer)
+            except asyncio.CancelledError:
+                reason = "closed"
+                raise
+            finally:
+                await self._sum_up(peer, reason)
         return reason
+
+    async def _serve(self, peer: Peer) -> str:
+        """Run the session's tasks until the peer leaves; returns why it did."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
+                    tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
+        except* PeerGone as gone:
+            reason = _first_reason(gone)
+        return reason
+
+    async def _sum_up(self, peer: Peer, reason: str) -> None:
+        """One line of figures in the log, and the same to a page that is still there."""
+        self._take_unsent(peer)
+        summary = self.metrics.summary(self._clock()) | {
+            "reason": reason,
+            "rung": self._in_force(),
+            "camera_overwritten": peer.counters.get("camera_overwritten", 0),
+        }
+        log.info("session %s: summary %s", self.id, json.dumps(summary))
+        if reason not in PEER_LEFT:
+            peer.send_control(control.encode("summary", **summary))
+            await asyncio.sleep(GOODBYE_S)
 
     async def _watch(self, peer: Peer) -> None:
         raise PeerGone(await peer.wait_until_gone())
@@ -161,7 +194,8 @@ class Session:
         width, height = self._context.engine.frame_size
         while (frame := await peer.next_frame()) is not None:
             admitted = self._gate.admit(frame.arrived_at)
-            self.metrics.on_arrival(self._clock(), admitted=admitted)
+            self.metrics.on_stage("connected", peer.connected_at or self._clock())
+            self.metrics.on_arrival(self._clock(), frame.index, frame.arrived_at, admitted=admitted)
             if not admitted:
                 continue
             rgb = await loop.run_in_executor(self._context.executor, to_rgb, frame.picture, width, height)
@@ -189,18 +223,33 @@ class Session:
             return
         self._sources[chunk.index] = chunk
         while len(self._sources) > MAX_SOURCES:
-            self._sources.pop(next(iter(self._sources)))
+            self._lose_chunk(stream, next(iter(self._sources)), "source_forgotten")
         try:
             stream.submit(chunk)
+            self.metrics.on_submitted(self._clock())
         except EngineError:
-            # The render task sees the same error and takes the stream down.
-            self.metrics.on_dropped(self._clock(), "engine_lost", len(chunk.frames))
+            # The render task sees the same error and takes the stream down, and with it this chunk.
+            pass
         self._count_engine_drops(stream)
 
     def _count_engine_drops(self, stream: EngineStream) -> None:
         dropped = stream.counters.frames_dropped
-        self.metrics.on_dropped(self._clock(), "engine", dropped - self._stream_drops)
+        self.metrics.on_engine_missed(dropped - self._stream_drops)
         self._stream_drops = dropped
+
+    def _lose_chunk(self, stream: EngineStream, index: int, otherwise: str) -> None:
+        """A chunk will not come back, or not in time to have its camera frames beside it.
+
+        The engine counts its losses by reason and not by chunk, and results come in order: a chunk that was
+        overtaken has one of the reasons not given out yet. otherwise: the reason when there is none.
+        """
+        chunk = self._sources.pop(index)
+        lost = stream.counters.dropped
+        reason = next((name for name in lost if lost[name] > self._reasons_given[name]), None)
+        if reason is not None:
+            self._reasons_given[reason] += 1
+            otherwise = reason if reason.startswith("engine_") else f"engine_{reason}"
+        self.metrics.on_dropped(self._clock(), otherwise, chunk.frame_indices)
 
     # --- engine to pacer
 
@@ -222,9 +271,11 @@ class Session:
                         self._on_rendered(stream, chunk)
             except RankLost:
                 was_lost = True
+                self._lose_all()
                 self._notice("engine_lost", "The engine stopped; you see your camera until it is back.")
             except EngineError as error:
                 was_lost = True
+                self._lose_all()
                 self._tell_once(f"No restyling: {error}")
                 await asyncio.sleep(ENGINE_RETRY_S)
             finally:
@@ -268,13 +319,20 @@ class Session:
         self._assembler = self._new_assembler()
         self._sources.clear()
         self._stream_drops = self._stream_reanchored = 0
+        self._reasons_given.clear()
         self._told = ""
         self._stream = stream
 
+    def _lose_all(self) -> None:
+        """The stream broke: what was on its way through the engine is lost. (At the session's end it stays inside.)"""
+        if self._stream is None:
+            return
+        self._count_engine_drops(self._stream)
+        for index in list(self._sources):
+            self._lose_chunk(self._stream, index, "engine_lost")
+        self.metrics.on_dropped(self._clock(), "engine_lost", self._assembler.clear())
+
     def _close_stream(self) -> None:
-        if self._stream is not None:
-            self._count_engine_drops(self._stream)
-            self.metrics.on_dropped(self._clock(), "engine", self._assembler.pending)
         self._stream = None
         self._restyling = False
         self._sources.clear()
@@ -292,11 +350,10 @@ class Session:
         if chunk.fault:
             self._on_fault(chunk)
         for index in [index for index in self._sources if index < chunk.index]:
-            del self._sources[index]
+            self._lose_chunk(stream, index, "engine_unexplained")
         source = self._sources.pop(chunk.index, None)
         if source is None:
-            self.metrics.on_dropped(now, "source_forgotten", len(chunk.frames))
-            return
+            return  # its frames were given up before it came
         self._restyling = True
         self._queue(
             [
@@ -330,8 +387,8 @@ class Session:
 
     def _queue(self, pictures: list[Picture]) -> None:
         now = self._clock()
-        dropped = self._pacer.push(pictures, now)
-        self.metrics.on_dropped(now, "pacer_full", len(dropped))
+        dropped = self._pacer.push(pictures, [picture.arrived_at for picture in pictures], now)
+        self.metrics.on_dropped(now, "pacer_full", [picture.index for picture in dropped])
         self._released.set()
 
     async def _play(self, peer: Peer) -> None:
@@ -351,7 +408,7 @@ class Session:
         now = self._clock()
         frame = self._presenter.present(picture)
         peer.send_frame(frame)
-        self.metrics.on_release(now, picture.arrived_at, restyled=frame.kind == RESTYLED)
+        self.metrics.on_release(now, picture.index, picture.arrived_at, restyled=frame.kind == RESTYLED)
         peer.video_delay_s += AUDIO_DELAY_SMOOTHING * (now - picture.arrived_at - peer.video_delay_s)
         if picture.restyled is not None:
             self._send_acks(self._acks.shown(picture.index, picture.revision, picture.chunk), picture.understood)
@@ -444,6 +501,7 @@ class Session:
         while True:
             await asyncio.sleep(TELEMETRY_PERIOD_S)
             self._send_acks(self._acks.expired(self._clock(), released_at=self.metrics.released_at))
+            self._take_unsent(peer)
             marks = [
                 [mark.rtp_timestamp, mark.index, round(mark.arrived_at, 4), round(mark.released_at, 4), mark.kind]
                 for mark in peer.take_marks()
@@ -452,23 +510,31 @@ class Session:
                 peer.send_telemetry(control.encode("marks", frames=marks))
             peer.send_telemetry(control.encode("stats", **self.stats()))
 
+    def _take_unsent(self, peer: Peer) -> None:
+        for index, reason in peer.take_unsent():
+            self.metrics.on_unsent(self._clock(), reason, index)
+
     def stats(self) -> dict[str, object]:
         """The session's figures, as telemetry and REST show them."""
         engine = self._context.engine
-        return self.metrics.stats() | {
+        return self.metrics.stats(self._clock()) | {
             "agreed_fps": self.fps,
+            "rung": self._in_force(),
             "limited_by": self._limited_by(),
             "sessions": engine.capacity.open_streams,
             "state": str(self._presenter.view),
         }
 
     def _limited_by(self) -> str:
-        """What keeps the picture below the best this server gives."""
+        """What keeps the picture below the best this server gives, and below the wish."""
         if self.metrics.input_fps() < 0.9 * self.fps:
             # A starved machine delivers fewer camera frames too.
             return "cpu" if self._context.metrics.cpu_share > BUSY_SHARE else "camera"
-        if self.fps < self._context.settings.max_fps or self.metrics.dropped["engine"] > 0.01 * self.metrics.due:
-            return "cpu"
+        given = self._in_force()
+        is_lowered = self.rung.camera or self.rung.small or given["steps"] != self.params.steps
+        is_slowed = self.fps < self._context.settings.max_fps or self.metrics.engine_missed > 0.01 * self.metrics.due
+        if is_lowered or is_slowed:
+            return "gpu" if self._context.settings.engine.device.startswith("cuda") else "cpu"
         return "none"
 
     def set_rate(self, fps: float) -> None:
@@ -527,8 +593,10 @@ class Session:
 
     def _leave_engine(self) -> None:
         """Show the camera from the next frame on: what is on its way through the engine is given up."""
-        inside = len(self._assembler.clear()) + sum(len(chunk.frames) for chunk in self._sources.values())
-        self.metrics.on_dropped(self._clock(), CAMERA_RUNG, inside)
+        now = self._clock()
+        for chunk in self._sources.values():
+            self.metrics.on_dropped(now, CAMERA_RUNG, chunk.frame_indices)
+        self.metrics.on_dropped(now, CAMERA_RUNG, self._assembler.clear())
         self._sources.clear()
         self._restyling = False
 

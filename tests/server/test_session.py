@@ -1,19 +1,21 @@
 """A session without a network: a scripted peer, a scripted engine, and the messages that the page gets."""
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.api import RenderedChunk, StreamCounters, StreamParams
-from engine.fake import FakeEngine
+from engine.api import Capacity, Engine, RenderedChunk, StreamCounters, StreamParams
 from server.ladder import Rung
 from server.metrics import ServerMetrics
-from server.session import Session, SessionContext, rung_name
+from server.session import MAX_SOURCES, Session, SessionContext, rung_name
 from server.settings import ServerSettings
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -28,6 +30,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class StillEngine:
+    """What a session reads of an engine."""
+
+    capacity = Capacity(chunk_cost_s=0.02, max_streams=4, open_streams=1, chunk_frames=4)
+    frame_size = (8, 8)
 
 
 class ScriptedPeer:
@@ -74,6 +83,12 @@ class ScriptedStream:
         )
 
 
+def make_session(clock: Clock) -> Session:
+    engine = cast(Engine, StillEngine())
+    context = SessionContext(engine, ServerSettings(), ServerMetrics(), ThreadPoolExecutor(1), clock)
+    return Session("s", context, StreamParams(steps=2, prompt="neon"), fps=24)
+
+
 @pytest.fixture
 async def clock() -> Clock:
     return Clock()
@@ -81,9 +96,7 @@ async def clock() -> Clock:
 
 @pytest.fixture
 async def session(clock: Clock) -> Session:
-    metrics, pool = ServerMetrics(), ThreadPoolExecutor(1)
-    context = SessionContext(FakeEngine(8, 8), ServerSettings(), metrics, pool, clock)
-    made = Session("s", context, StreamParams(steps=2, prompt="neon"), fps=24)
+    made = make_session(clock)
     made.peer = ScriptedPeer()  # type: ignore[assignment]
     return made
 
@@ -102,7 +115,7 @@ def open_stream(session: Session) -> ScriptedStream:
 def feed(session: Session, clock: Clock, count: int, first: int = 0) -> None:
     for index in range(first, first + count):
         clock.now += 1 / 24
-        session.metrics.on_arrival(clock.now, admitted=True)
+        session.metrics.on_arrival(clock.now, index, clock.now, admitted=True)
         session._take(PICTURE, index, clock.now)
 
 
@@ -186,3 +199,94 @@ async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in
 def test_a_rung_has_a_name_of_few_kinds() -> None:
     assert rung_name(Rung(2, small=True, fps=12)) == "2 steps, small, 12 fps"
     assert rung_name(Rung(1, small=True, fps=5, camera=True)) == "camera"
+
+
+# --- the ledger of a session
+
+
+async def test_a_lost_chunk_has_the_reason_that_the_engine_gives(session: Session, clock: Clock) -> None:
+    stream = open_stream(session)
+    feed(session, clock, 13)
+    stream.counters.drop("late", 4)
+    session._count_engine_drops(stream)
+    assert session.metrics.engine_missed == 4 and not session.metrics.dropped  # known, but not yet which
+    session._on_rendered(stream, stream.rendered(0))
+    session._on_rendered(stream, stream.rendered(2))
+    assert session.metrics.dropped == {"engine_late": 4}
+    play_out(session, clock)
+    session._on_rendered(stream, stream.rendered(3))
+    play_out(session, clock)
+    ledger = session.metrics.ledger
+    assert (ledger.due, ledger.on_time + ledger.late, ledger.inside) == (13, 9, 0)
+
+
+async def test_a_broken_stream_loses_what_was_inside_and_the_camera_in_its_place_is_in_time(
+    session: Session, clock: Clock
+) -> None:
+    stream = open_stream(session)
+    feed(session, clock, 1)
+    session._on_rendered(stream, stream.rendered(0))
+    play_out(session, clock)
+    feed(session, clock, 6, first=1)
+    session._lose_all()
+    session._close_stream()
+    assert session.metrics.dropped == {"engine_lost": 6}
+    feed(session, clock, 3, first=7)
+    play_out(session, clock)
+    stream = open_stream(session)
+    feed(session, clock, 1, first=10)  # shown as the camera, and submitted: its loss is none
+    play_out(session, clock)
+    session._lose_all()
+    ledger = session.metrics.ledger
+    assert (ledger.on_time, ledger.dropped.total(), ledger.inside) == (5, 6, 0)
+
+
+moves = st.lists(
+    st.one_of(
+        st.tuples(st.just("feed"), st.integers(1, 9)),
+        st.tuples(st.sampled_from(["render", "engine_drop", "play", "unsent"]), st.integers(0, 5)),
+        st.tuples(st.sampled_from(["lose", "camera", "back"]), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@given(moves)
+def test_whatever_happens_every_due_frame_is_in_one_place(script: list[tuple[str, int]]) -> None:
+    async def run() -> None:
+        clock = Clock()
+        session = make_session(clock)
+        session.peer = peer = ScriptedPeer()  # type: ignore[assignment]
+        stream, fed, due_back = open_stream(session), 0, 0
+        for kind, number in script:
+            match kind:
+                case "feed":
+                    feed(session, clock, number, first=fed)
+                    fed += number
+                case "render" if due_back + number < len(stream.submitted):
+                    session._on_rendered(stream, stream.rendered(due_back + number))
+                    due_back += number + 1
+                case "engine_drop":
+                    stream.counters.drop("late", 4)
+                    session._count_engine_drops(stream)
+                case "play":
+                    for _ in range(number):
+                        if session._pacer.due_at() is not None:
+                            clock.now += 0.04
+                            session._release(peer, session._pacer.pop(clock.now))  # type: ignore[arg-type]
+                case "unsent" if peer.shown:
+                    session.metrics.on_unsent(clock.now, "encoder_behind", peer.shown[-1].index)
+                case "lose":
+                    session._lose_all()
+                    session._close_stream()
+                    stream, due_back = open_stream(session), 0
+                case "camera":
+                    session.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
+                case "back":
+                    session.set_rung(FULL, "there is room again")
+            ledger = session.metrics.ledger
+            assert ledger.due == fed == ledger.on_time + ledger.late + ledger.dropped.total() + ledger.inside
+            # Chunks in the engine, one that fills, and what waits for its release: nothing else is inside.
+            assert ledger.inside <= 4 * MAX_SOURCES + 3 + 8
+
+    asyncio.run(run())
