@@ -1,42 +1,73 @@
-"""Who is let in and at which rate: pure functions of the engine's capacity and the settings.
+"""Who is let in, and when to come back: pure functions of the engine's capacity, the settings and who is there.
 
-One rank renders every session in turn, so n sessions at f frames a second cost n * f / T * chunk_cost_s of each second.
+A seat is a promise: with all seats taken, there still is a rung of the ladder that every session can stand on at
+`min_fps` or more, within PROMISE_LOAD of the engine's time and within the latency budget. What the rung gives up on
+the way there (steps, size, frames) is what a full house costs.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+
 from engine.api import Capacity
+from server.ladder import PROMISE_LOAD, Demand, rungs
 from server.settings import ServerSettings
 
-# Rates a session can be agreed, and nothing between: a rate that creeps is a picture that stutters.
-RATES_FPS = (60.0, 30.0, 24.0, 20.0, 15.0, 12.0, 10.0, 8.0, 6.0, 5.0)
-# Share of the engine's time that may be promised: to stay at a rate, and to step up to one.
-STAY_LOAD = 0.95
-RISE_LOAD = 0.80
+# Of the time to come back after, in seconds: less only makes a queue of knocking, more loses the visitor.
+MIN_RETRY_S = 2.0
+MAX_RETRY_S = 60.0
+# A first session is expected to stay this long, until the stays of this server tell.
+FIRST_STAY_S = 60.0
+KEPT_STAYS = 64
 
 
 def seats(capacity: Capacity, settings: ServerSettings) -> int:
-    """How many sessions this server takes: each must get `min_fps` at the measured cost. At least one."""
-    if capacity.chunk_cost_s <= 0:
-        return settings.max_sessions
-    affordable = int(RISE_LOAD * capacity.chunk_frames / (capacity.chunk_cost_s * settings.min_fps))
-    return max(1, min(settings.max_sessions, capacity.max_streams, affordable))
+    """How many sessions this server takes at the measured costs and with the memory there is. At least one."""
+    most = min(settings.max_sessions, capacity.max_streams)
+    # The least that anyone may be given decides, and that has one step.
+    ladder = rungs(settings, steps_max=1, has_small=capacity.has_small)
+
+    def can_all_stand(sessions: int) -> bool:
+        return Demand(capacity, (1,) * sessions, settings).first_good(ladder, PROMISE_LOAD) is not None
+
+    if capacity.chunk_cost_s <= 0 and not capacity.costs:
+        return max(1, most)
+    return next((sessions for sessions in range(most, 1, -1) if can_all_stand(sessions)), 1)
 
 
-def agreed_fps(capacity: Capacity, sessions: int, settings: ServerSettings, current: float | None = None) -> float:
-    """The highest rate every one of `sessions` can be given, evenly.
+def free_seats(all_seats: int, taken: Mapping[str, int], reserved: Mapping[str, int], own_class: str = "") -> int:
+    """Seats that one more of `own_class` may take; none below one.
 
-    current: the rate in force; it is kept while it stays affordable, and left upwards only with room to spare, so
-        that noise in the measured cost moves nobody.
+    taken: open sessions by class, "" for none. reserved: seats that are kept free for a class until so many of it are
+        in; a session of no class, or of one without reserve, finds only what is left beside them.
     """
-    rates = [rate for rate in RATES_FPS if settings.min_fps <= rate < settings.max_fps]
-    rates = [settings.max_fps, *rates]
-    if capacity.chunk_cost_s <= 0 or sessions == 0:
-        return current or rates[0]
-    total_fps = capacity.chunk_frames / capacity.chunk_cost_s / sessions
+    kept = sum(max(0, count - taken.get(name, 0)) for name, count in reserved.items() if name != own_class)
+    return max(0, all_seats - sum(taken.values()) - kept)
 
-    def affordable(rate: float) -> bool:
-        load = STAY_LOAD if current is not None and rate <= current else RISE_LOAD
-        return rate <= load * total_fps
 
-    return next((rate for rate in rates if affordable(rate)), rates[-1])
+class Stays:
+    """How long sessions stay, and so when the next seat may be free. Pure: times are passed in."""
+
+    def __init__(self) -> None:
+        self._stays_s: deque[float] = deque(maxlen=KEPT_STAYS)
+
+    def ended(self, stay_s: float) -> None:
+        """A session gave its seat back after so long."""
+        self._stays_s.append(stay_s)
+
+    def retry_after_s(self, ages_s: Iterable[float]) -> float:
+        """Expected seconds until the first of the sessions in place leaves; MIN_RETRY_S to MAX_RETRY_S.
+
+        A session of some age stays on as long as those that grew older did from that age on; one older than any
+        known stays as long again as it has stayed. Of several, the first leaves at the sum of their rates.
+        """
+        rate = sum(1.0 / max(0.1, self._remaining_s(age_s)) for age_s in ages_s)
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, 1.0 / rate)) if rate else MIN_RETRY_S
+
+    def _remaining_s(self, age_s: float) -> float:
+        longer = [stay_s - age_s for stay_s in self._stays_s if stay_s > age_s]
+        if longer:
+            return fmean(longer)
+        return age_s if self._stays_s else max(age_s, FIRST_STAY_S)

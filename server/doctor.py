@@ -33,7 +33,8 @@ from engine.choose import GIB, Choice
 from engine.client import LocalEngine
 from engine.config import CHUNK_FRAMES
 from engine.frame_memory import FrameLayout, FrameMemory
-from server.admission import agreed_fps, seats
+from server.admission import seats
+from server.ladder import Ladder
 from server.machine import GpuError, cpu_title, find_gpus
 from server.settings import ServerSettings
 from server.starting import start_engine
@@ -76,13 +77,28 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """A chunk at a number of steps and full or small size: milliseconds in the mean, and nearly never above."""
+
+    steps: int
+    small: bool
+    mean_ms: float
+    upper_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """What the engine did here. sessions: that many at `min_fps`; fps: for one session alone."""
+    """What the engine did here. sessions: that many at `min_fps`; fps: for one session alone.
+
+    costs: of a chunk by steps and size, from the engine's cost model. state_bytes: of one session's stream.
+    """
 
     chunk_ms: float
     start_s: float
     fps: float
     sessions: int
+    costs: tuple[Cost, ...] = ()
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +144,7 @@ async def examine(
         text = f"the engine does not start: {error or type(error).__name__}"
         cure = f"{REINSTALL}; `livebrush serve` prints the engine's own messages"
         return Report((*findings, Finding("speed", Level.PROBLEM, text, cure)), None)
-    return Report((*findings, _judge(measured, settings)), measured)
+    return Report((*findings, *check_costs(measured), _judge(measured, settings)), measured)
 
 
 def to_text(report: Report) -> str:
@@ -366,13 +382,26 @@ async def _measure(engine: Engine, settings: ServerSettings) -> Measured:
         await start_engine(engine)
         start_s = time.monotonic() - began_at
         async with asyncio.timeout(MEASURE_TIMEOUT_S):
-            costs = await _chunk_costs(engine, settings)
+            took_s = await _chunk_costs(engine, settings)
+        capacity = engine.capacity
     finally:
         await engine.close()
-    cost_s = statistics.median(costs)
-    capacity = Capacity(cost_s, settings.engine.max_streams, 0, CHUNK_FRAMES)
-    fps, sessions = agreed_fps(capacity, 1, settings), seats(capacity, settings)
-    return Measured(round(cost_s * 1e3, 1), round(start_s, 1), fps, sessions)
+    cost_s = statistics.median(took_s)
+    if not capacity.costs:
+        capacity = Capacity(cost_s, settings.engine.max_streams, 0, CHUNK_FRAMES)
+    alone = Ladder(settings, capacity, steps_max=settings.steps, wish=settings.steps, now=0.0).rung
+    costs = tuple(
+        Cost(cost.steps, cost.small, round(cost.mean_s * 1e3, 1), round(cost.upper_s * 1e3, 1))
+        for cost in capacity.costs
+    )
+    return Measured(
+        chunk_ms=round(cost_s * 1e3, 1),
+        start_s=round(start_s, 1),
+        fps=alone.fps,
+        sessions=seats(capacity, settings),
+        costs=costs,
+        state_bytes=capacity.state_bytes,
+    )
 
 
 async def _chunk_costs(engine: Engine, settings: ServerSettings) -> list[float]:
@@ -407,6 +436,21 @@ async def _chunk_costs(engine: Engine, settings: ServerSettings) -> list[float]:
     return costs
 
 
+def check_costs(measured: Measured) -> Iterator[Finding]:
+    """What the cost model says of a chunk by steps and size, and what a session keeps in memory."""
+    for small in (False, True):
+        told = [
+            f"{cost.steps} step{'s' if cost.steps > 1 else ''} {cost.mean_ms:.0f} ({cost.upper_ms:.0f})"
+            for cost in measured.costs
+            if cost.small is small
+        ]
+        if told:
+            size = "smaller size, ms" if small else "full size, ms in the mean (nearly always below)"
+            yield Finding("chunk cost", Level.OK, f"{size}: {', '.join(told)}")
+    if measured.state_bytes:
+        yield Finding("state", Level.OK, f"{_size(measured.state_bytes)} a session")
+
+
 def _judge(measured: Measured, settings: ServerSettings) -> Finding:
     size = f"{settings.engine.width}x{settings.engine.height}"
     possible = CHUNK_FRAMES / measured.chunk_ms * 1e3
@@ -414,7 +458,7 @@ def _judge(measured: Measured, settings: ServerSettings) -> Finding:
     text = (
         f"{measured.chunk_ms:.0f} ms for {CHUNK_FRAMES} frames of {size}{steps}, {measured.start_s:.1f} s to start:"
         f" {measured.fps:g} fps for one session, {measured.sessions} session{'s' if measured.sessions > 1 else ''}"
-        f" at {settings.min_fps:g} fps"
+        f" at {settings.min_fps:g} fps or more"
     )
     if possible < settings.min_fps:
         return Finding("speed", Level.WARNING, f"{text} would need a faster machine", "serve a smaller --size")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 
 from aiohttp import web
 
 
 class ServerError(Exception):
-    """A refusal that a client is told: `code` for programs, the text for people (what, the bound, the cure)."""
+    """A refusal that a client is told: `code` for programs, the text for people (what, the bound, the cure).
+
+    details: more fields of the answer, for programs.
+    """
 
     status = 500
     code = "internal"
@@ -21,11 +26,13 @@ class ServerError(Exception):
         code: str | None = None,
         status: int | None = None,
         retry_after_s: float | None = None,
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code or type(self).code
         self.status = status or type(self).status
         self.retry_after_s = retry_after_s
+        self.details = dict(details or {})
 
 
 class BadRequest(ServerError):
@@ -85,10 +92,11 @@ class ShuttingDown(ServerError):
 def problem(error: ServerError) -> web.Response:
     """The `application/problem+json` answer of an error, with Retry-After where one is known."""
     body: dict[str, object] = {"code": error.code, "message": str(error), "retryable": error.retryable}
+    body |= error.details
     headers = {}
     if error.retry_after_s is not None:
         body["retry_after_s"] = round(error.retry_after_s, 1)
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return web.Response(
         text=json.dumps(body), status=error.status, content_type="application/problem+json", headers=headers
     )

@@ -1,16 +1,22 @@
-"""Every session of this server: who is let in, at which rate, isolated from each other, and all of them ended."""
+"""Every session of this server: who is let in, on which rung, isolated from each other, and all of them ended.
+
+What a session is given is one mechanism for all: the ladder. Who comes, who goes, a new wish and an engine that slows
+down are all the same to it: another load.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import secrets
+from collections import Counter
 
 import psutil
 
-from engine.api import StreamParams
-from server.admission import agreed_fps, seats
+from engine.api import EngineState, StreamParams
+from server.admission import Stays, free_seats, seats
 from server.errors import Full, NotFound, ServerError, ShuttingDown
+from server.ladder import Ladder, Rung, Signals
 from server.session import Session, SessionContext
 
 log = logging.getLogger(__name__)
@@ -19,10 +25,13 @@ ANSWER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
 # For the last notice to leave before its channel is closed.
 GOODBYE_S = 0.1
+# Of a server that stops: the next one is up by then.
 RETRY_AFTER_S = 5.0
-RATE_PERIOD_S = 2.0
-# A higher rate must have been affordable this long before a session is moved up to it.
-RISE_AFTER_S = 10.0
+SAMPLE_PERIOD_S = 0.25
+# Samples between two looks at the machine.
+TICK_SAMPLES = 8
+# A session that has shown nothing of the model yet is still starting, for so long: its misses tell nothing.
+STARTING_S = 5.0
 
 
 class SessionRegistry:
@@ -32,25 +41,28 @@ class SessionRegistry:
         self._context = context
         self._sessions: dict[str, Session] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._rate_task: asyncio.Task[None] | None = None
-        self._fps: float | None = None
-        self._rise_since: float | None = None
+        self._classes: dict[str, str] = {}
+        self._stays = Stays()
+        self._ladder = self._new_ladder(context.settings.steps)
+        # Frames of each session that the ladder has been told of: due, missed.
+        self._told: dict[str, tuple[int, int]] = {}
+        self._watch_task: asyncio.Task[None] | None = None
         self._closing = False
 
     async def __aenter__(self) -> SessionRegistry:
-        self._rate_task = asyncio.create_task(self._keep_rates(), name="registry/rates")
+        self._watch_task = asyncio.create_task(self._watch(), name="registry/watch")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._closing = True
-        assert self._rate_task is not None
-        self._rate_task.cancel()
+        assert self._watch_task is not None
+        self._watch_task.cancel()
         if self._sessions:
             for session in self._sessions.values():
                 session.announce_closing()
             await asyncio.sleep(GOODBYE_S)
         await self._end(list(self._tasks))
-        await asyncio.wait([self._rate_task])
+        await asyncio.wait([self._watch_task])
 
     @property
     def open_sessions(self) -> int:
@@ -63,11 +75,14 @@ class SessionRegistry:
         return seats(self._context.engine.capacity, self._context.settings)
 
     @property
-    def fps(self) -> float:
-        """The rate each session is agreed now."""
-        if self._fps is None:
-            self._fps = self._affordable_fps(1)
-        return self._fps
+    def rung(self) -> Rung:
+        """Where every session stands, or the first to come would."""
+        return self._ladder.rung
+
+    @property
+    def load(self) -> float:
+        """Share of the engine's time that the open sessions need, by its measured costs."""
+        return self._ladder.load(self._context.engine.capacity, self._wishes())
 
     def get(self, session_id: str) -> Session:
         """Raises NotFound for a session that never was or is over."""
@@ -77,31 +92,35 @@ class SessionRegistry:
         return session
 
     async def answer(
-        self, offer_sdp: str, params: StreamParams, *, transition_s: float = 0.0, bypass: bool = False
+        self,
+        offer_sdp: str,
+        params: StreamParams,
+        *,
+        transition_s: float = 0.0,
+        bypass: bool = False,
+        own_class: str = "",
     ) -> Session:
-        """Open a session for an offer; returns once it has its answer.
+        """Open a session for an offer; returns once it has its answer. Its seat is taken from this call on.
 
+        own_class: for `ServerSettings.reserved_seats`.
         Raises: Full with a retry time, ShuttingDown, or what the session raises for a broken offer. The seat is
             given back on every failure.
         """
         if self._closing:
             raise ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)
-        if self.open_sessions >= self.seats:
-            raise Full(f"all {self.seats} seats of this server are taken", retry_after_s=RETRY_AFTER_S)
+        self._admit(own_class)
+        if not self._sessions:
+            self._ladder = self._new_ladder(params.steps)
         session_id = secrets.token_urlsafe(16)
         session = Session(
-            session_id,
-            self._context,
-            params,
-            fps=self._affordable_fps(len(self._tasks) + 1),
-            transition_s=transition_s,
-            bypass=bypass,
+            session_id, self._context, params, fps=self.rung.fps, transition_s=transition_s, bypass=bypass
         )
         self._sessions[session_id] = session
+        self._classes[session_id] = own_class
         task = asyncio.create_task(self._run(session, offer_sdp), name=f"{session_id}/session")
         self._tasks[session_id] = task
         self._context.metrics.sessions.set(len(self._tasks))
-        self._set_rates()
+        self._sample()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await session.answered
@@ -113,6 +132,23 @@ class SessionRegistry:
             raise
         self._context.metrics.opened.inc()
         return session
+
+    def _admit(self, own_class: str) -> None:
+        """Raises Full unless there is a seat for one more of the class."""
+        all_seats, reserved = self.seats, self._context.settings.reserved_seats
+        taken = Counter(self._classes.values())
+        if free_seats(all_seats, taken, reserved, own_class) > 0:
+            return
+        left = all_seats - self.open_sessions
+        message = f"all {all_seats} seats of this server are taken" if all_seats > 1 else "the one seat here is taken"
+        if left > 0:
+            message = f"{left} of {all_seats} seats are free, and kept for {' or '.join(sorted(reserved))}"
+        now = self._context.clock()
+        raise Full(
+            message,
+            retry_after_s=self._stays.retry_after_s(now - s.metrics.offered_at for s in self._sessions.values()),
+            details={"seats": all_seats, "open": self.open_sessions},
+        )
 
     async def close(self, session_id: str) -> None:
         """End a session; its peer, seat and threads are free when this returns. Raises NotFound."""
@@ -151,6 +187,9 @@ class SessionRegistry:
     def _forget(self, session: Session, reason: str) -> None:
         self._sessions.pop(session.id, None)
         self._tasks.pop(session.id, None)
+        self._classes.pop(session.id, None)
+        self._told.pop(session.id, None)
+        self._stays.ended(self._context.clock() - session.metrics.offered_at)
         self._context.metrics.sessions.set(len(self._tasks))
         self._context.metrics.ended.labels(reason).inc()
         metrics = session.metrics
@@ -159,34 +198,55 @@ class SessionRegistry:
             "session %s ended: %s; %d frames due, %d late, dropped %s, ttff %s s",
             *(session.id, reason, metrics.due, metrics.late, dict(metrics.dropped), ttff_s),
         )
-        if not self._closing:
-            self._set_rates()
 
-    # --- rates
+    # --- the ladder
 
-    def _affordable_fps(self, sessions: int) -> float:
-        return agreed_fps(self._context.engine.capacity, sessions, self._context.settings, self._fps)
+    def _new_ladder(self, wish: int) -> Ladder:
+        context = self._context
+        now, capacity = context.clock(), context.engine.capacity
+        return Ladder(context.settings, capacity, steps_max=context.steps_max, wish=wish, now=now)
 
-    def _set_rates(self) -> None:
-        """Agree the rate that all open sessions can have; upwards only after it has been affordable for a while."""
+    def _wishes(self) -> tuple[int, ...]:
+        return tuple(session.params.steps for session in self._sessions.values())
+
+    def _sample(self) -> None:
+        """Tell the ladder what has become of the frames, and have every session stand where it says."""
         now = self._context.clock()
-        fps = self._affordable_fps(max(1, len(self._tasks)))
-        rises = self._fps is not None and fps > self._fps
-        if rises:
-            self._rise_since = self._rise_since if self._rise_since is not None else now
-            if now - self._rise_since < RISE_AFTER_S:
-                return
-        self._rise_since = None
-        self._fps = fps
+        due, missed = self._frames_since(now)
+        if not self._sessions:
+            self._ladder = self._new_ladder(self._context.settings.steps)
+            return
+        if self._context.engine.status.state is not EngineState.READY:
+            self._ladder.hold(now)
+            return
+        move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed))
         for session in self._sessions.values():
-            session.set_rate(fps)
+            if session.rung != self._ladder.rung:
+                session.set_rung(self._ladder.rung, move.reason if move else self._ladder.reason)
 
-    async def _keep_rates(self) -> None:
-        """Follow the measured cost, and watch the event loop's lag."""
+    def _frames_since(self, now: float) -> tuple[int, int]:
+        """Frames due and missed in all sessions since the last call."""
+        due = missed = 0
+        for session in self._sessions.values():
+            metrics = session.metrics
+            total = (metrics.due, metrics.engine_missed)
+            told = self._told.get(session.id, (0, 0))
+            self._told[session.id] = total
+            if metrics.ttff_s is not None or now - metrics.offered_at > STARTING_S:
+                due += total[0] - told[0]
+                missed += total[1] - told[1]
+        return due, missed
+
+    async def _watch(self) -> None:
+        """Follow what the engine can do, and watch the event loop's lag."""
+        lag_s, samples = 0.0, 0
         while True:
             before = self._context.clock()
-            await asyncio.sleep(RATE_PERIOD_S)
-            lag = self._context.clock() - before - RATE_PERIOD_S
-            cpu_share = psutil.cpu_percent() / 100
-            self._context.metrics.on_tick(lag, self._context.engine.capacity.chunk_cost_s, cpu_share)
-            self._set_rates()
+            await asyncio.sleep(SAMPLE_PERIOD_S)
+            lag_s = max(lag_s, self._context.clock() - before - SAMPLE_PERIOD_S)
+            self._sample()
+            samples += 1
+            if samples % TICK_SAMPLES == 0:
+                cpu_share = psutil.cpu_percent() / 100
+                self._context.metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
+                lag_s = 0.0

@@ -46,6 +46,11 @@ class ServerSettings(BaseModel):
     )
     min_fps: float = Field(default=8.0, gt=0, le=60, description="below this per session the server is full")
     max_sessions: PositiveInt = Field(default=4, description="seats, whatever the engine could carry")
+    reserved_seats: dict[str, int] = Field(
+        default={},
+        description="seats kept for offers of a class, say publisher or paid: others are refused when only these are"
+        " left. Until there are tokens, an offer's class is its own word",
+    )
     allowed_hosts: tuple[str, ...] = Field(
         default=("localhost", "127.0.0.1", "[::1]"),
         description="names in the Host header that are answered; add the one of your HTTPS proxy",
@@ -58,6 +63,12 @@ class ServerSettings(BaseModel):
             raise ValueError(f"min_fps {self.min_fps} must not be above max_fps {self.max_fps}")
         if self.max_sessions > self.engine.max_streams:
             raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {self.engine.max_streams}")
+        reserved = self.reserved_seats.values()
+        if min(reserved, default=0) < 0 or sum(reserved) > self.max_sessions:
+            raise ValueError(
+                f"reserved_seats {self.reserved_seats}: each must be 0 or more, and all together at most max_sessions"
+                f" {self.max_sessions}"
+            )
         if not self.is_loopback:
             raise ValueError(
                 f"host {self.host} is not a loopback address: this version has no tokens yet, so anyone could use"

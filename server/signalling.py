@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 48 * 1024
 MAX_CANDIDATES = 24
+MAX_CLASS_CHARS = 32
 OFFERS_PER_S = 2.0
 OFFERS_BURST = 30
 BODY_TIMEOUT_S = 10.0
@@ -44,6 +46,7 @@ class Offer(BaseModel):
     sdp: str
     params: ParamsChange = ParamsChange()
     bypass: bool = False
+    own_class: str = Field(default="", max_length=MAX_CLASS_CHARS, alias="class")
 
 
 class Candidates(BaseModel):
@@ -160,10 +163,27 @@ class Signalling:
         return web.json_response({"iceServers": [{"urls": url} for url in self._context.settings.media.ice_servers]})
 
     async def _capacity(self, request: web.Request) -> web.Response:
-        cost_ms = round(self._context.engine.capacity.chunk_cost_s * 1000, 1)
-        registry = self._registry
+        registry, capacity = self._registry, self._context.engine.capacity
+        costs = [
+            {
+                "steps": cost.steps,
+                "small": cost.small,
+                "mean_ms": round(cost.mean_s * 1000, 1),
+                "upper_ms": round(cost.upper_s * 1000, 1),
+            }
+            for cost in capacity.costs
+        ]
         return web.json_response(
-            {"open": registry.open_sessions, "seats": registry.seats, "fps": registry.fps, "chunk_cost_ms": cost_ms}
+            {
+                "open": registry.open_sessions,
+                "seats": registry.seats,
+                "fps": registry.rung.fps,
+                "rung": asdict(registry.rung),
+                "load": round(registry.load, 3),
+                "chunk_cost_ms": round(capacity.chunk_cost_s * 1000, 1),
+                "costs": costs,
+                "state_bytes": capacity.state_bytes,
+            }
         )
 
     async def _page(self, request: web.Request) -> web.FileResponse:
@@ -184,6 +204,7 @@ class Signalling:
             offer.params.applied_to(StreamParams(steps=self._context.settings.steps)),
             transition_s=offer.params.transition_s or 0.0,
             bypass=offer.bypass,
+            own_class=offer.own_class,
         )
         url = f"/api/v1/webrtc/offer/{session.id}"
         width, height = self._context.engine.frame_size

@@ -287,5 +287,7 @@ function showAtOnce(receiver) {
 async function problemOf(response) {
   const fallback = { code: `http_${response.status}`, message: `The server answered ${response.status}.`, retryable: response.status >= 500 };
   const body = await response.json().catch(() => fallback);
-  return new ConnectionLost(body.code, body.message, { retryable: body.retryable, retryAfterS: body.retry_after_s ?? null });
+  // A proxy that answers in the server's place has the header alone.
+  const retryAfterS = body.retry_after_s ?? (Number(response.headers.get("Retry-After")) || null);
+  return new ConnectionLost(body.code, body.message, { retryable: body.retryable, retryAfterS });
 }

@@ -5,6 +5,8 @@ import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sour
 
 const BACKOFF_S = [0.5, 1, 2, 4, 8];
 const FULL_RETRY_S = 5;
+// Pages that were told the same time do not come back in the same instant; none comes earlier than it was told.
+const RETRY_JITTER = 0.2;
 // A connection that held this long was a good one: the next loss begins the back-off anew.
 const STEADY_MS = 10_000;
 const LATENCY_WINDOW_S = 10;
@@ -293,10 +295,10 @@ export class LiveSession extends EventTarget {
     }
     const full = lost.code === "full";
     const backoff = BACKOFF_S[Math.min(this.#attempt++, BACKOFF_S.length - 1)];
-    const delayS = lost.retryAfterS ?? (full ? FULL_RETRY_S : backoff);
+    const delayS = (lost.retryAfterS ?? (full ? FULL_RETRY_S : backoff)) * (1 + RETRY_JITTER * Math.random());
     this.problem = full
-      ? { code: "full", title: "The server is full", message: `${lost.message} This page tries again by itself.` }
-      : { code: lost.code, title: "The server is gone", message: `${lost.message} This page reconnects by itself and keeps your settings.` };
+      ? { code: "full", title: "The server is full", message: `${fullStop(lost.message)} This page tries again by itself, about when a seat is expected to be free.` }
+      : { code: lost.code, title: "The server is gone", message: `${fullStop(lost.message)} This page reconnects by itself and keeps your settings.` };
     this.retryAt = performance.now() + delayS * 1000;
     this.#retryTimer = setTimeout(() => this.#connect(epoch), delayS * 1000);
     this.#set(full ? "waiting" : "reconnecting");
@@ -313,6 +315,12 @@ export class LiveSession extends EventTarget {
   #emit(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
+}
+
+/** A server's message as a sentence, so that another can follow. @param {string} text */
+function fullStop(text) {
+  const sentence = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(sentence) ? sentence : `${sentence}.`;
 }
 
 /** @returns {Promise<{ready: boolean, stage: string, percent: number} | null>} null when nobody answers */

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.api import EngineError
+from engine.api import Capacity, ChunkCostAt, EngineError
 from engine.choose import Choice, Need
 from engine.config import EngineSettings
 from engine.fake import FakeEngine
@@ -71,6 +72,32 @@ async def test_a_slow_engine_is_promised_less_and_given_a_cure(settings: ServerS
     assert (speed.name, speed.level, report.measured.sessions) == ("speed", Level.WARNING, 1)
     assert "--size" in speed.cure
     assert report.can_serve
+
+
+async def test_the_cost_model_is_shown_by_steps_and_size_with_the_state_of_a_session(settings: ServerSettings) -> None:
+    costs = tuple(
+        ChunkCostAt(steps, small, mean_s=0.1 * steps * (0.5 if small else 1), upper_s=0.15 * steps)
+        for small in (False, True)
+        for steps in (1, 2)
+    )
+
+    class Measured(FakeEngine):
+        @property
+        def capacity(self) -> Capacity:
+            return replace(super().capacity, costs=costs, state_bytes=12 << 20)
+
+    report = await examine(settings, make_engine=lambda s: Measured(s.engine.width, s.engine.height, delay_s=0.005))
+    shown = [finding.text for finding in report.findings if finding.name in ("chunk cost", "state")]
+    assert shown == [
+        "full size, ms in the mean (nearly always below): 1 step 100 (150), 2 steps 200 (300)",
+        "smaller size, ms: 1 step 50 (150), 2 steps 100 (300)",
+        "12 MiB a session",
+    ]
+    found = json.loads(to_json(report))["measured"]
+    assert found["costs"][1] == {"steps": 2, "small": False, "mean_ms": 200, "upper_ms": 300}
+    assert found["state_bytes"] == 12 << 20
+    # The promise is the cost model's too: the smaller size lets four in, at a rate that keeps the latency budget.
+    assert found["sessions"] == 4
 
 
 async def test_an_engine_that_does_not_start_is_a_problem(settings: ServerSettings) -> None:
@@ -152,7 +179,8 @@ async def test_a_stream_batch_is_measured_by_its_passes(settings: ServerSettings
     report = await examine(
         batch, make_engine=lambda s: FakeEngine(64, 64, delay_s=0.02, held_chunks=2, first_chunk_frames=5)
     )
-    assert report.measured is not None and 18 < report.measured.chunk_ms < 40
+    # A pass holds three steps, each of another chunk: 48 ms, and not the 144 ms until a chunk comes back.
+    assert report.measured is not None and 45 < report.measured.chunk_ms < 90
     assert "with 3 steps" in report.findings[-1].text
 
 

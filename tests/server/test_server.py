@@ -256,7 +256,7 @@ async def test_a_lost_engine_shows_the_camera_and_comes_back(visitor: Visitor, e
 
 
 async def test_two_visitors_share_evenly_and_the_third_is_told_when_to_come_back(base: str, engine: FakeEngine) -> None:
-    engine.delay_s = 0.1
+    engine.delay_s, engine.small_share = 0.1, 0.0  # without a smaller size, frames are all there is to give up
     one, two, three = Visitor(base), Visitor(base), Visitor(base)
     try:
         await one.enter(params={"prompt": "neon"})
@@ -264,15 +264,45 @@ async def test_two_visitors_share_evenly_and_the_third_is_told_when_to_come_back
         await two.enter(params={"prompt": "ink"})
         await one.until(lambda: one.stats().get("agreed_fps") == 15, "an evenly lowered rate")
         await two.until(lambda: two.stats().get("agreed_fps") == 15, "the same rate for both")
-        assert any(m.get("code") == "rate_changed" for m in one.messages)
+        told = next(m for m in one.messages if m.get("code") == "rung_changed")
+        assert (told["direction"], told["fps"]) == ("down", 15) and "ms a chunk for each of 2 sessions" in told[
+            "reason"
+        ]
         refused = await three.enter()
         problem = await refused.json()
-        assert refused.status == 503 and refused.headers["Retry-After"] == "5"
-        assert problem["code"] == "full" and problem["retryable"]
+        assert refused.status == 503 and problem["code"] == "full" and problem["retryable"]
+        assert 2 <= problem["retry_after_s"] <= float(refused.headers["Retry-After"]) <= 60
+        assert (problem["seats"], problem["open"]) == (2, 2)
         assert {s.params.prompt for s in engine.streams.values()} == {"neon", "ink"}
     finally:
         for visitor in (one, two, three):
             await visitor.leave()
+
+
+async def test_an_engine_that_slows_down_takes_the_picture_a_rung_down_and_gives_all_of_it_back(
+    visitor: Visitor, base: str, engine: FakeEngine
+) -> None:
+    engine.delay_s = 0.05
+    await visitor.enter(params={"prompt": "neon"})
+    await visitor.until(lambda: visitor.stats().get("state") == "restyled", "the restyled picture")
+
+    def moves() -> list[dict[str, Any]]:
+        return [m for m in visitor.messages if m.get("code") == "rung_changed"]
+
+    def stream() -> StreamParams:
+        return next(iter(engine.streams.values())).params
+
+    engine.delay_s = 0.2
+    await visitor.until(lambda: stream().small, "the smaller size")
+    await visitor.until(moves, "a notice of it")
+    assert (moves()[0]["direction"], moves()[0]["small"], moves()[0]["camera"]) == ("down", True, False)
+    rung = (await get(base + "/api/v1/capacity"))[1]["rung"]
+    assert rung["small"] and rung["steps"] == 1
+    engine.delay_s = 0.05
+    await visitor.until(lambda: not stream().small, "the full size")
+    await visitor.until(lambda: moves()[-1]["direction"] == "up", "a notice of it")
+    assert (moves()[-1]["small"], moves()[-1]["fps"]) == (False, 24)
+    assert visitor.stats()["state"] == "restyled"
 
 
 async def test_a_camera_that_changes_size_in_mid_stream_goes_on(visitor: Visitor) -> None:
