@@ -104,12 +104,14 @@ def error(cell: Cell, device: Device | None = None) -> float:
 
 # Cells off by more than this weigh no more: two of the RTX 4090's are out of line with their neighbours.
 _CLIP = 0.15
+# The search ends where its corners differ by no more than this share.
+SETTLED = 1e-3
 
 
 def fit(start: Device, chosen: Sequence[Cell]) -> Device:
     """The four constants of a device that make the sum of squared relative errors over the chosen cells least.
 
-    The error of a cell counts at most 15 %. A downhill simplex on the constants' logarithms; a second or two.
+    The error of a cell counts at most 15 %. A downhill simplex on the constants' logarithms; some seconds.
     """
 
     def device(point: Sequence[float]) -> Device:
@@ -121,10 +123,10 @@ def fit(start: Device, chosen: Sequence[Cell]) -> Device:
         return sum(min(abs(error(cell, tried)), _CLIP) ** 2 for cell in chosen)
 
     constants = (start.launch_s, start.traffic_s, start.vae_flops, start.hop_s)
-    return device(_simplex(loss, [log(max(each, 1e-6)) for each in constants]))
+    return device(_simplex(loss, [log(each or 1e-6) for each in constants]))
 
 
-def _simplex(loss: Callable[[Sequence[float]], float], start: list[float], rounds: int = 300) -> list[float]:
+def _simplex(loss: Callable[[Sequence[float]], float], start: list[float], rounds: int = 150) -> list[float]:
     """Nelder and Mead's search from `start`."""
     points = [start] + [[x + 0.2 * (i == j) for j, x in enumerate(start)] for i in range(len(start))]
     ranked = sorted((loss(point), point) for point in points)
@@ -134,6 +136,8 @@ def _simplex(loss: Callable[[Sequence[float]], float], start: list[float], round
         return loss(point), point
 
     for _ in range(rounds):
+        if ranked[-1][0] - ranked[0][0] < SETTLED * ranked[0][0]:
+            break
         centre = [sum(column) / len(start) for column in zip(*(point for _, point in ranked[:-1]), strict=True)]
         worst_loss, worst = ranked[-1]
         tried = step(worst, centre, 1.0)

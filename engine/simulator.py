@@ -238,8 +238,9 @@ def split(
             taken.append((took[0], took[1], took[2]))
         return None if any(left) else taken
 
-    low, high = 0.0, sum(max(unit_s[i] for unit_s in times) * n for i, n in enumerate((encoder, blocks, decoder)))
-    high += max(each.hop_s for each in costs)
+    counts = (encoder, blocks, decoder)
+    low = sum(min(unit_s[i] for unit_s in times) * n for i, n in enumerate(counts)) / len(costs)
+    high = sum(max(unit_s[i] for unit_s in times) * n for i, n in enumerate(counts)) + max(c.hop_s for c in costs)
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fill(middle) else (middle, high)
