@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.api import Capacity, Engine, RenderedChunk, StreamCounters, StreamParams
 from server.ladder import Rung
 from server.metrics import ServerMetrics
+from server.peer import Peer
 from server.session import MAX_SOURCES, Session, SessionContext, rung_name
 from server.settings import ServerSettings
 
@@ -47,12 +48,17 @@ class ScriptedPeer:
         self.video_delay_s = 0.0
         self.said: list[dict[str, Any]] = []
         self.shown: list[Any] = []
+        self.unsent: list[tuple[int, str]] = []
 
     def send_control(self, text: str) -> None:
         self.said.append(json.loads(text))
 
     def send_frame(self, frame: Any) -> None:
         self.shown.append(frame)
+
+    def take_unsent(self) -> list[tuple[int, str]]:
+        unsent, self.unsent = self.unsent, []
+        return unsent
 
     def notices(self, code: str) -> list[dict[str, Any]]:
         return [m for m in self.said if m["type"] == "notice" and m["code"] == code]
@@ -239,6 +245,39 @@ async def test_a_broken_stream_loses_what_was_inside_and_the_camera_in_its_place
     session._lose_all()
     ledger = session.metrics.ledger
     assert (ledger.on_time, ledger.dropped.total(), ledger.inside) == (5, 6, 0)
+
+
+@pytest.mark.parametrize(("reason", "told"), [("closed", 1), ("input_too_large", 1), ("goodbye", 0), ("vanished", 0)])
+async def test_the_end_is_summed_up_in_the_log_and_for_a_page_that_is_still_there(
+    session: Session, clock: Clock, caplog: pytest.LogCaptureFixture, reason: str, told: int
+) -> None:
+    stream = open_stream(session)
+    feed(session, clock, 5)
+    for place in range(2):
+        session._on_rendered(stream, stream.rendered(place))
+    play_out(session, clock)
+    peer = said_by(session)
+    peer.unsent = [(4, "encoder_behind")]
+    session.set_rung(Rung(1, small=False, fps=12), "the engine is slow")
+    with caplog.at_level("INFO"):
+        await session._sum_up(cast(Peer, peer), reason)
+    summary = json.loads(caplog.messages[-1].partition("summary ")[2])
+    assert (summary["reason"], summary["due"], summary["on_time_frames"], summary["dropped"], summary["inside"]) == (
+        *(reason, 5, 4, {"encoder_behind": 1}),
+        0,
+    )
+    assert summary["dmr"] == 0.2 and summary["rung"]["fps"] == 12 and summary["rung_moves"] == {"down": 1}
+    messages = [m for m in peer.said if m["type"] == "summary"]
+    assert len(messages) == told and all(m["due"] == 5 for m in messages)
+
+
+async def test_figures_tell_the_rung_and_that_it_limits(session: Session, clock: Clock) -> None:
+    open_stream(session)
+    feed(session, clock, 100)
+    stats = session.stats()
+    assert stats["rung"] == {"steps": 2, "small": False, "fps": 24, "camera": False} and stats["limited_by"] == "none"
+    session.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
+    assert session.stats()["limited_by"] == "cpu"
 
 
 moves = st.lists(
