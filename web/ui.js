@@ -14,7 +14,7 @@ const NOTICE_MS = 8_000;
 // Below this score a style is only the nearest there is.
 const WEAK_MATCH = 0.5;
 // What a person is told in passing; the rest of the server's notices show in the state and over the picture.
-const NOTICES = ["rate_changed", "engine_back", "model_fault"];
+const NOTICES = ["rate_changed", "rung_changed", "engine_back", "model_fault"];
 const PHONE = "(max-width: 760px)";
 
 const STATES = {
@@ -238,7 +238,9 @@ export class Ui {
     if (retryAt !== null) return `${text} · again in ${Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))} s`;
     if (state === "live" && bypass) return "Live, showing the original";
     if (state === "live" && server?.state === "fading") return "Live, fading in";
-    if (state === "live" && server?.state === "withheld") return "Live, showing the camera";
+    if (state === "live" && server?.state === "withheld") {
+      return server.rung?.camera ? "Live, camera until the server has room" : "Live, showing the camera";
+    }
     return text;
   }
 

@@ -18,15 +18,21 @@ export function verdict(stats) {
   const parts = [`${Math.round(stats.fps)} fps`];
   if (stats.latency_p50_ms !== null) parts.push(`${Math.round(stats.latency_p50_ms)} ms camera to screen`);
   if (stats.on_time !== null) parts.push(`${percent(stats.on_time)} on time`);
-  if (LIMITS[stats.limited_by]) parts.push(`limited by: ${LIMITS[stats.limited_by]}`);
+  if (LIMITS[stats.limited_by]) parts.push(`limited by: ${LIMITS[stats.limited_by]}${lowered(stats.server)}`);
   return parts.join(" · ");
 }
 
-/** good: as agreed; bad: slow or late; idle: nothing to judge. */
+/** good: as agreed; bad: slow, late or not painted; idle: nothing to judge. */
 export function verdictTone(stats) {
   if (stats.fps === null || stats.state !== "live") return "idle";
   const slow = stats.agreed_fps && stats.fps < 0.85 * stats.agreed_fps;
-  return slow || stats.on_time < 0.95 ? "bad" : "good";
+  return slow || stats.on_time < 0.95 || stats.server?.rung?.camera ? "bad" : "good";
+}
+
+/** " (camera only)" or " (smaller picture)": what a lower rung shows; fewer steps and frames show in figures of their own. */
+function lowered(server) {
+  if (server?.rung?.camera) return " (camera only)";
+  return server?.rung?.small ? " (smaller picture)" : "";
 }
 
 function percent(share) {
@@ -89,6 +95,9 @@ function facts(stats, connection, server) {
     ["Click to first painted picture", ms(stats.click_to_picture_ms)],
     ["Offer to first painted frame", ms(stats.ttff_ms)],
     ["Agreed rate", stats.agreed_fps ? `${stats.agreed_fps} fps` : "–"],
+    ["Steps in force", server?.rung?.steps ?? "–"],
+    ["Gap between pictures, 99 of 100 within", ms(server?.interval_ms_p99)],
+    ...(server?.freezes ? [["Stood still", `${server.freezes} times, ${server.frozen_s} s`]] : []),
     ["Frames shown", stats.frames_shown],
     ["Frames dropped", dropped || "none"],
     ...(withheld ? [["Camera shown instead", withheld]] : []),
