@@ -97,10 +97,11 @@ class Setup:
 def plan(options: argparse.Namespace) -> int:
     """Predict and print."""
     try:
+        if options.plot is not None:
+            _check_plot(options.plot)
         setup, workload = _setup(options), _workload(options)
         result = predict(setup, workload, find_held=options.sessions is None)
         if options.plot is not None:
-            _check_plot(options.plot)
             options.plot.write_text(plot(setup, workload, result["sessions_held"] or options.sessions or 1))
     except (ValueError, OSError) as error:
         if options.json:

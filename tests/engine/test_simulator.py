@@ -30,6 +30,7 @@ from engine.simulator import (
     split,
 )
 from engine.wan.presets import PRESETS
+from tests.bench.bench_overload import LOADS, compare
 
 FLAT_OUT = Workload(saturated=True, seconds=60)
 CONSTANTS = ("launch_s", "traffic_s", "vae_flops", "hop_s")
@@ -274,3 +275,28 @@ def test_a_snapshot_and_a_list_of_costs_give_the_measured_time() -> None:
 def test_what_is_no_profile_is_refused(profile: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="no profile"):
         measured_costs(profile, window=3)
+
+
+# --- beside other policies
+
+
+@pytest.mark.parametrize("arrivals", ["even", "poisson"])
+@pytest.mark.parametrize(("sessions", "micro_batch"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 4), (8, 4)])
+def test_no_other_policy_has_more_frames_on_time(arrivals: simulator.Arrivals, sessions: int, micro_batch: int) -> None:
+    for load in LOADS:
+        runs = compare(load, sessions=sessions, arrivals=arrivals, micro_batch=micro_batch)
+        on_time = {name: 1 - run.dmr for name, run in runs.items()}
+        assert on_time["livebrush"] >= max(on_time.values()) - 0.01, (load, on_time)
+        if load >= 1.2:
+            assert on_time["livebrush"] >= 3 * on_time["first in first out"], (load, on_time)
+            ages = {name: run.latency_quantile_s(0.95) for name, run in runs.items()}
+            assert ages["livebrush"] < 0.2 * ages["first in first out"], (load, ages)
+        if load <= 0.8:
+            assert on_time["livebrush"] > 0.99
+
+
+def test_sessions_share_an_overloaded_device_evenly() -> None:
+    for load in (1.2, 2.0):
+        run = compare(load, sessions=4)["livebrush"]
+        rates = [session.fps for session in run.sessions]
+        assert max(rates) - min(rates) <= 0.1 * max(rates), (load, rates)

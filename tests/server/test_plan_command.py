@@ -1,0 +1,128 @@
+"""`livebrush plan`: what it predicts, for people and machines, and how it fails."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from engine.cost_model import CostModel, Work
+from server.plan_command import add_plan_parser
+
+
+def livebrush(*arguments: str) -> int:
+    parser = argparse.ArgumentParser(prog="livebrush")
+    add_plan_parser(parser.add_subparsers(required=True))
+    options = parser.parse_args(["plan", *arguments])
+    status: int = options.command(options)
+    return status
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert livebrush(*arguments, "--json") == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+WAN = ("--model", "wan2.1-1.3b", "--size", "832x480", "--steps", "1")
+
+
+def test_as_published_gives_the_paper_s_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--devices", "h100:4", *WAN, "--as-published")
+    assert plan["fps"] == pytest.approx(44.38, rel=0.1)
+    assert plan["system"] == "as published" and plan["groups"] == [4] and len(plan["utilisation"]) == 4
+    assert plan["bottleneck"].startswith("VAE decode on device 4")
+    two = planned(capsys, "--devices", "h100", *WAN[:4], "--steps", "2", "--as-published")
+    assert two["ttff_s"] == pytest.approx(0.47, rel=0.1)
+    assert two["ttff_first_chunk_s"] > two["ttff_s"]
+
+
+def test_ours_is_the_default_and_marked_as_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--devices", "h100:4", *WAN)
+    assert plan["prediction"] is True and "prediction" in plan["note"]
+    assert plan["system"] == "livebrush" and plan["fps"] > 44.38
+    assert plan["sessions_held"] >= 4 and plan["sessions"] == 1 and plan["dmr"] == 0
+    assert 0 < plan["latency_s"] < plan["latency_p95_s"] < plan["ttff_s"] < 1
+
+
+def test_given_sessions_are_simulated_together(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = planned(capsys, "--sessions", "2", "--fps", "15")
+    assert alone["fps"] == pytest.approx(15, rel=0.05) and alone["fps_total"] == pytest.approx(30, rel=0.05)
+    assert alone["sessions_held"] == 2
+    crowd = planned(capsys, "--sessions", "12", "--fps", "15", "--arrivals", "poisson")
+    assert crowd["dmr"] > 0.3 and crowd["fps"] < 10 and crowd["sessions_held"] is None
+    assert crowd["utilisation"][0] > 0.9 and "ms a chunk" in crowd["bottleneck"]
+
+
+def test_the_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert livebrush("--devices", "rtx4090:2", "--size", "512x512") == 0
+    text = capsys.readouterr().out
+    for part in ("rtx4090, rtx4090", "sessions held", "first frame", "bottleneck", "fitted to the paper", "prediction"):
+        assert part in text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_measured_profile_takes_the_place_of_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], nested: bool
+) -> None:
+    model = CostModel()
+    for _ in range(30):
+        model.observe(Work.of_chunk(1, window=3), 0.170)
+    file = tmp_path / "profile.json"
+    snapshot = model.snapshot()
+    file.write_text(json.dumps({"engine": {"cost_model": snapshot}} if nested else snapshot))
+    plan = planned(capsys, "--profile", str(file), "--sessions", "1")
+    assert plan["throughput_fps"] == pytest.approx(4 / 0.170, rel=0.1)
+    assert plan["basis"] == "measured: profile.json"
+
+
+def test_the_plot_is_an_svg_with_both_panels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.svg"
+    planned(capsys, "--plot", str(file), "--seconds", "5")
+    lines = ElementTree.fromstring(file.read_text()).findall(".//{*}polyline")
+    assert len(lines) == 2 and all(len(line.attrib["points"].split()) >= 8 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--devices", "tpu:4"), "device 'tpu' is not known; known are cpu, h100"),
+        (("--devices", "h100:0"), "whole number from 1 to 64"),
+        (("--devices", "h100", "--model", "wan3"), "model 'wan3' is not known; known are wan2.1-1.3b"),
+        (("--devices", "h100", "--size", "500x300"), "multiple of 16 from 64 to 2048"),
+        (("--devices", "h100", "--size", "big"), "must be WIDTHxHEIGHT"),
+        (("--devices", "h100", "--steps", "9"), "steps must be 1 to 4, not 9"),
+        (("--sessions", "0"), "sessions must be 1 to"),
+        (("--fps", "0"), "fps must be 1 to 240"),
+        (("--budget", "nan"), "budget must be 0.01 to 60 s"),
+        (("--devices", "cpu", "--model", "wan2.1-14b"), "no times of wan2.1-14b on cpu"),
+        (("--devices", "h100", "--model", "livebrush-tiny"), "--profile"),
+        (("--as-published",), "--as-published is known for Wan models"),
+        (("--devices", "rtx4090", "--model", "wan2.1-14b"), "do not fit into the memory of 1 devices"),
+        (("--devices", "l4", "--model", "wan2.1-14b", "--as-published"), "does not fit into one"),
+        (("--plot", "plan.png"), "only .svg is drawn"),
+        (("--profile", "missing.json"), "missing.json"),
+    ],
+)
+def test_bad_values_are_refused(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert livebrush(*arguments) == 1
+    assert words in capsys.readouterr().err
+    assert livebrush(*arguments, "--json") == 1
+    assert words in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_what_is_no_profile_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "profile.json"
+    for text, words in (("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "no profile")):
+        file.write_text(text)
+        assert livebrush("--profile", str(file)) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, server.plan_command, engine.simulator, engine.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
