@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.load import add_load_parser
 from server.models_command import add_models_parser
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_restyle(commands.add_parser("restyle", help="restyle a video file"))
     _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
     add_models_parser(commands)
+    add_load_parser(commands)
     return parser
 
 
