@@ -231,7 +231,8 @@ def cpu_costs(width: int, height: int, *, slower: float = 1.0) -> ChunkCosts:
 
 
 def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
-    """Costs from a measured profile: a `CostModel.snapshot()`, or an object with `costs` as in `Capacity.costs`.
+    """Costs from a measured profile: a `CostModel.snapshot()`, or an object with `costs` as in `Capacity.costs` or
+    in doctor's figures.
 
     Costs by steps alone do not tell what a common pass of several chunks would save: none is assumed then.
 
@@ -248,7 +249,7 @@ def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
         )
     try:
         known = sorted(
-            (int(cost["steps"]), float(cost["mean_s"]), float(cost["upper_s"]))
+            (int(cost["steps"]), _seconds(cost, "mean"), _seconds(cost, "upper"))
             for cost in profile["costs"]
             if not cost.get("small", False)
         )
@@ -256,7 +257,7 @@ def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
             raise ValueError("steps must be 1 or more, and 0 < mean_s <= upper_s")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"no profile: expected a cost model's snapshot, or costs with steps, mean_s and upper_s ({error!r})"
+            f"no profile: expected a cost model's snapshot, or costs of steps in mean_s or mean_ms, upper ({error!r})"
         ) from error
     (few, few_s, upper_s), (many, many_s, _) = known[0], known[-1]
     step_s = (many_s - few_s) / (many - few) if many > few else few_s / few
@@ -265,3 +266,7 @@ def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
     return ChunkCosts(
         ENCODE_SHARE * coded_s, (1 - ENCODE_SHARE) * coded_s, 1, 0.0, step_s, noise=log(upper_s / few_s) / Z95
     )
+
+
+def _seconds(cost: Mapping[str, Any], name: str) -> float:
+    return float(cost[f"{name}_s"]) if f"{name}_s" in cost else float(cost[f"{name}_ms"]) / 1e3

@@ -201,16 +201,15 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _profile(path: Path) -> dict[str, Any]:
-    """A cost model's snapshot or a list of costs, at the top of the file or below `cost_model`, `engine` or both."""
+    """A cost model's snapshot or a list of costs, at the top of the file or below `measured` (doctor)."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    for name in ("engine", "cost_model"):
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
+    if isinstance(found, dict) and "measured" in found:
+        found = found["measured"]
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+        raise ValueError(f"{path}: expected an object of measured costs; doctor --json writes one where the engine ran")
     return found
 
 

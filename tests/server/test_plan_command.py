@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from engine.cost_model import CostModel, Work
+from server.doctor import Cost, Measured, Report, to_json
 from server.plan_command import add_plan_parser
 
 
@@ -65,19 +66,18 @@ def test_the_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None
         assert part in text
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_measured_profile_takes_the_place_of_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], nested: bool
-) -> None:
+def test_a_measured_profile_takes_the_place_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = CostModel()
     for _ in range(30):
         model.observe(Work.of_chunk(1, window=3), 0.170)
-    file = tmp_path / "profile.json"
-    snapshot = model.snapshot()
-    file.write_text(json.dumps({"engine": {"cost_model": snapshot}} if nested else snapshot))
-    plan = planned(capsys, "--profile", str(file), "--sessions", "1")
-    assert plan["throughput_fps"] == pytest.approx(4 / 0.170, rel=0.1)
-    assert plan["basis"] == "measured: profile.json"
+    costs = tuple(Cost(steps, False, 170.0 * steps, 200.0 * steps) for steps in (1, 2, 4))
+    report = Report((), Measured(170.0, 1.0, 16.0, 1, costs))
+    for profile in (json.dumps(model.snapshot()), to_json(report)):
+        file = tmp_path / "profile.json"
+        file.write_text(profile)
+        plan = planned(capsys, "--profile", str(file), "--sessions", "1")
+        assert plan["throughput_fps"] == pytest.approx(4 / 0.170, rel=0.1)
+        assert plan["basis"] == "measured: profile.json"
 
 
 def test_the_plot_is_an_svg_with_both_panels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,12 @@ def test_bad_values_are_refused(arguments: tuple[str, ...], words: str, capsys: 
 
 def test_what_is_no_profile_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "profile.json"
-    for text, words in (("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "no profile")):
+    for text, words in (
+        ("{", "is not JSON"),
+        ("[]", "expected an object"),
+        ('{"measured": null}', "expected an object"),
+        ("{}", "no profile"),
+    ):
         file.write_text(text)
         assert livebrush("--profile", str(file)) == 1
         assert words in capsys.readouterr().err
