@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from server.load import add_load_parser
 from server.models_command import add_models_parser
+from server.plan_command import add_plan_parser
 
 if TYPE_CHECKING:
     from engine.api import Engine
@@ -195,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
     add_models_parser(commands)
     add_load_parser(commands)
+    add_plan_parser(commands)
     return parser
 
 
