@@ -175,12 +175,18 @@ class Ladder:
         demand = Demand(capacity, self._wishes, settings)
         ladder = self._rungs(capacity)
         self._rung = demand.first_good(ladder, PROMISE_LOAD) or demand.least_bad(ladder) or ladder[0]
+        self._depth = ladder.index(self._rung)
         self._reason = demand.in_words(ladder[0])
 
     @property
     def rung(self) -> Rung:
         """Where all sessions stand."""
         return self._rung
+
+    @property
+    def depth(self) -> int:
+        """How many rungs that is below the wish."""
+        return self._depth
 
     @property
     def reason(self) -> str:
@@ -220,7 +226,7 @@ class Ladder:
         if higher is not None and now - self._clean_since >= self._clean_s:
             reason = "trying again" if self._rung.camera else f"the engine has had room for {self._clean_s:.0f} s"
             self._rose_at = now
-            return self._move(now, higher, reason)
+            return self._move(now, ladder, higher, reason)
         return None
 
     def _rungs(self, capacity: Capacity) -> list[Rung]:
@@ -233,7 +239,7 @@ class Ladder:
         at = ladder.index(self._rung)
         while at > 0 and demand.leaves(ladder[at - 1]) == demand.leaves(self._rung):
             at -= 1
-        self._rung = ladder[at]
+        self._rung, self._depth = ladder[at], at
         return at
 
     def _missed(self, now: float, signals: Signals) -> tuple[float, bool]:
@@ -257,7 +263,7 @@ class Ladder:
             reason += ", and no other setting would be in time"
         self._clean_s = min(2 * self._clean_s, MAX_CLEAN_S) if now - self._rose_at < RELAPSE_S else CLEAN_S
         self._reason = reason
-        return self._move(now, target, reason)
+        return self._move(now, ladder, target, reason)
 
     def _lower(self, ladder: list[Rung], at: int, demand: Demand, missed: float) -> Rung | None:
         here, camera = self._rung, ladder[-1]
@@ -278,8 +284,8 @@ class Ladder:
         # Of what the engine could do now, the camera tells nothing: it has to be tried.
         return demand.least_bad(ladder) if good is None and self._rung.camera else good
 
-    def _move(self, now: float, target: Rung, reason: str) -> Move:
+    def _move(self, now: float, ladder: list[Rung], target: Rung, reason: str) -> Move:
         move = Move(self._rung, target, reason)
-        self._rung, self._moved_at = target, now
+        self._rung, self._depth, self._moved_at = target, ladder.index(target), now
         self.hold(now)
         return move

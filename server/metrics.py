@@ -95,6 +95,13 @@ class ServerMetrics:
         )
         self.frozen_s = Counter("livebrush_frozen_seconds", "How long it stood then", registry=self.registry)
         self.chunk_cost = Gauge("livebrush_engine_chunk_seconds", "Cost of a chunk, smoothed", registry=self.registry)
+        self.seats = Gauge("livebrush_seats", "Sessions taken at the measured costs", registry=self.registry)
+        self.load = Gauge(
+            "livebrush_engine_load", "Share of the engine's time that the sessions need", registry=self.registry
+        )
+        self.rungs_down = Gauge(
+            "livebrush_rungs_down", "Rungs of the ladder below the wish, 0 for none given up", registry=self.registry
+        )
         self.cpu = Gauge("livebrush_cpu_share", "Busy share of all cores, whole machine", registry=self.registry)
         self.cpu_share = 0.0
         self.loop_lag = Gauge(

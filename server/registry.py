@@ -245,8 +245,12 @@ class SessionRegistry:
             await asyncio.sleep(SAMPLE_PERIOD_S)
             lag_s = max(lag_s, self._context.clock() - before - SAMPLE_PERIOD_S)
             self._sample()
+            metrics = self._context.metrics
+            metrics.seats.set(self.seats)
+            metrics.load.set(self.load)
+            metrics.rungs_down.set(self._ladder.depth)
             samples += 1
             if samples % TICK_SAMPLES == 0:
                 cpu_share = psutil.cpu_percent() / 100
-                self._context.metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
+                metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
                 lag_s = 0.0

@@ -145,6 +145,11 @@ async def capacity(http: aiohttp.ClientSession, base: str) -> dict[str, Any]:
         return found
 
 
+async def metrics(http: aiohttp.ClientSession, base: str) -> str:
+    async with http.get(base + "/metrics") as response:
+        return await response.text()
+
+
 async def test_offers_that_never_connect_take_no_more_than_the_seats_and_give_all_of_them_back() -> None:
     media = MediaSettings(connect_timeout_s=1.5)
     async with served(max_sessions=2, media=media) as (base, http):
@@ -159,8 +164,7 @@ async def test_offers_that_never_connect_take_no_more_than_the_seats_and_give_al
         async with asyncio.timeout(PATIENCE_S):
             while (await capacity(http, base))["open"]:
                 await asyncio.sleep(0.1)
-        async with http.get(base + "/metrics") as response:
-            text = await response.text()
+        text = await metrics(http, base)
         assert 'livebrush_sessions_ended_total{reason="never_connected"} 2.0' in text
         assert f'livebrush_offers_refused_total{{code="full"}} {kinds.count("full")}.0' in text
         status, _, _ = await ask(http, base, sdp)
@@ -202,3 +206,7 @@ async def test_capacity_tells_seats_costs_load_and_the_rung() -> None:
         found = await capacity(http, base)
         assert found["open"] == 1 and found["load"] == pytest.approx(24 / 4 * 0.01, rel=0.5)
         assert all(cost["upper_ms"] >= cost["mean_ms"] > 0 for cost in found["costs"])
+        async with asyncio.timeout(PATIENCE_S):
+            while "livebrush_engine_load 0.0\n" in (text := await metrics(http, base)):
+                await asyncio.sleep(0.05)
+        assert "livebrush_seats 2.0" in text and "livebrush_rungs_down 0.0" in text
