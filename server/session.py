@@ -608,7 +608,8 @@ class Session:
 def rung_name(rung: Rung) -> str:
     """A rung as a label, say "2 steps, small, 12 fps"."""
     size = "small" if rung.small else "full"
-    return "camera" if rung.camera else f"{rung.steps} steps, {size}, {rung.fps:g} fps"
+    steps = "1 step" if rung.steps == 1 else f"{rung.steps} steps"
+    return "camera" if rung.camera else f"{steps}, {size}, {rung.fps:g} fps"
 
 
 def _height(rung: Rung) -> tuple[bool, float, bool, int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.api import Capacity, Engine, RenderedChunk, StreamCounters, StreamParams
 from server.ladder import Rung
 from server.metrics import ServerMetrics
+from server.pacer import MIN_ROOM
 from server.peer import Peer
 from server.session import MAX_SOURCES, Session, SessionContext, rung_name
 from server.settings import ServerSettings
@@ -204,6 +205,7 @@ async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in
 
 def test_a_rung_has_a_name_of_few_kinds() -> None:
     assert rung_name(Rung(2, small=True, fps=12)) == "2 steps, small, 12 fps"
+    assert rung_name(Rung(1, small=False, fps=24)) == "1 step, full, 24 fps"
     assert rung_name(Rung(1, small=True, fps=5, camera=True)) == "camera"
 
 
@@ -326,6 +328,6 @@ def test_whatever_happens_every_due_frame_is_in_one_place(script: list[tuple[str
             ledger = session.metrics.ledger
             assert ledger.due == fed == ledger.on_time + ledger.late + ledger.dropped.total() + ledger.inside
             # Chunks in the engine, one that fills, and what waits for its release: nothing else is inside.
-            assert ledger.inside <= 4 * MAX_SOURCES + 3 + 8
+            assert ledger.inside <= 4 * MAX_SOURCES + 3 + MIN_ROOM
 
     asyncio.run(run())
