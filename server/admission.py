@@ -18,8 +18,8 @@ from server.settings import ServerSettings
 # Of the time to come back after, in seconds: less only makes a queue of knocking, more loses the visitor.
 MIN_RETRY_S = 2.0
 MAX_RETRY_S = 60.0
-# A first session is expected to stay this long, until the stays of this server tell.
-FIRST_STAY_S = 60.0
+# What a session is expected to stay on until the first stays of this server tell: short, for knocking costs little.
+FIRST_STAY_S = 15.0
 KEPT_STAYS = 64
 
 
@@ -67,7 +67,7 @@ class Stays:
         return min(MAX_RETRY_S, max(MIN_RETRY_S, 1.0 / rate)) if rate else MIN_RETRY_S
 
     def _remaining_s(self, age_s: float) -> float:
+        if not self._stays_s:
+            return FIRST_STAY_S
         longer = [stay_s - age_s for stay_s in self._stays_s if stay_s > age_s]
-        if longer:
-            return fmean(longer)
-        return age_s if self._stays_s else max(age_s, FIRST_STAY_S)
+        return fmean(longer) if longer else age_s
