@@ -24,13 +24,14 @@ from engine.api import (
     StreamParams,
     Understood,
 )
-from engine.chunks import ChunkCost, check_shape
+from engine.chunks import check_shape
 from engine.config import EngineSettings, ServingProfile
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.launch import RankProcess
 from engine.messages import (
     Close,
     Closed,
+    Costs,
     Done,
     Dropped,
     FromRank,
@@ -146,7 +147,7 @@ class LocalEngine:
         self.restarts = 0
         self._readiness = Readiness()
         self._profile = ServingProfile()
-        self._cost = ChunkCost()
+        self._costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
         self._rank: RankProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._regions_changed = asyncio.Condition()
@@ -162,11 +163,13 @@ class LocalEngine:
     def capacity(self) -> Capacity:
         """See `Engine.capacity`."""
         return Capacity(
-            chunk_cost_s=self._cost.chunk_cost_s,
+            chunk_cost_s=self._costs.chunk_cost_s,
             max_streams=self.settings.max_streams,
             open_streams=len(self._streams),
             chunk_frames=self._profile.chunk_frames,
             first_chunk_frames=self._profile.first_chunk_frames,
+            costs=self._costs.costs,
+            state_bytes=self._costs.state_bytes,
         )
 
     @property
@@ -297,17 +300,14 @@ class LocalEngine:
     async def _handle(self, message: FromRank) -> None:
         match message:
             case Status():
-                if message.chunk_cost_s:
-                    self._cost = ChunkCost(message.chunk_cost_s)
                 await self._set_status(EngineStatus(message.state, message.percent, message.detail))
+            case Costs():
+                self._costs = message
             case Closed():
                 async with self._regions_changed:
                     self._free_regions.append(message.stream)
                     self._regions_changed.notify_all()
             case Done():
-                # A withheld chunk may have cost nothing: no measure of what the next one will.
-                if not message.fault:
-                    self._cost.on_done(message.started_at, message.finished_at)
                 if stream := self._streams.get(message.stream):
                     stream.on_done(message)
             case Dropped():

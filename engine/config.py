@@ -49,6 +49,11 @@ class ServingProfile(_Frozen):
     steps: int = Field(default=1, ge=1, le=MAX_STEPS, description="denoising steps unless asked otherwise")
     seed: bool = Field(default=True, description="whether another seed gives another picture; else it is not offered")
 
+    def smaller(self, width: int, height: int) -> tuple[int, int] | None:
+        """The next smaller size of the same shape that the model is good at; None where there is none."""
+        fitting = [(w, h) for w, h in self.sizes if w < width and w * height == h * width]
+        return max(fitting, default=None)
+
 
 class CacheConfig(_Frozen):
     """What the rolling KV cache does with positions and sinks; its size is the transformer's."""
@@ -179,6 +184,9 @@ class EngineSettings(BaseModel):
         "run as one pass (stream batch), more throughput for steps - 1 chunks of delay",
     )
     micro_batch: PositiveInt = Field(default=1, le=16, description="streams that one pass may take together")
+    chunk_latents: Literal[1, 2] = Field(
+        default=1, description="2: two waiting chunks of a stream are rendered as one where that is cheaper and in time"
+    )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
         default="auto", description="kernel of self attention; auto: varlen on a GPU, sdpa on a CPU"
     )

@@ -162,6 +162,10 @@ class CostModel:
         self._moments = decay * self._moments + np.outer(terms, terms)
         self._targets = decay * self._targets + ratio * terms
         self._coefficients = tuple(float(each) for each in self._prior * _fit(self._moments, self._targets))
+        # Errors are relative to what was predicted: those from when the device was faster must not outweigh new ones.
+        scale = min(1.0, predicted_s / self.mean_s(work)) ** 2
+        self._moments *= scale
+        self._targets *= scale
         self.passes += 1
         return True
 

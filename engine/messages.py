@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from engine.api import EngineState, StreamParams, Understood
+from engine.api import ChunkCostAt, EngineState, StreamParams, Understood
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -57,14 +57,22 @@ class Close(_Message):
 
 
 class Status(_Message):
-    """Rank to server: progress of the start. `chunk_cost_s` comes with `ready`, measured in the warm-up."""
+    """Rank to server: progress of the start."""
 
     kind: Literal["status"] = "status"
     state: EngineState
     percent: int
     detail: str = ""
     chunk_frames: int = 0
-    chunk_cost_s: float = 0.0
+
+
+class Costs(_Message):
+    """Rank to server: what chunks cost by now, see `Capacity`. Once before `ready`, then as it moves."""
+
+    kind: Literal["costs"] = "costs"
+    chunk_cost_s: float
+    costs: tuple[ChunkCostAt, ...]
+    state_bytes: int
 
 
 class Done(_Message):
@@ -111,7 +119,7 @@ class Closed(_Message):
 
 
 ToRank = Open | Submit | Update | Close
-FromRank = Status | Done | Dropped | StreamFailed | Closed
+FromRank = Status | Costs | Done | Dropped | StreamFailed | Closed
 
 _to_rank: TypeAdapter[ToRank] = TypeAdapter(Annotated[ToRank, Field(discriminator="kind")])
 _from_rank: TypeAdapter[FromRank] = TypeAdapter(Annotated[FromRank, Field(discriminator="kind")])

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from engine.api import StreamParams, Understood
 from engine.attention import attention_for
 from engine.config import CacheConfig, SamplingConfig
+from engine.cost_model import Work
 from engine.denoise import StreamBatch
 from engine.flow_match import ChunkSchedule, SamplingPlan, sampling_plan
 from engine.kv_cache import KVPool
@@ -30,7 +32,8 @@ from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
 from engine.wan.weights import Model
 
 Mode = Literal["sequential", "batch"]
-CHUNK_LENGTHS = (1, FRAMES_PER_LATENT, 1 + FRAMES_PER_LATENT)
+# The last are two chunks as one.
+CHUNK_LENGTHS = (1, FRAMES_PER_LATENT, 1 + FRAMES_PER_LATENT, 2 * FRAMES_PER_LATENT)
 # Figures are taken on every fourth pixel each way.
 FIGURE_STRIDE = 4
 DEFAULT_STREAMS = 16
@@ -40,7 +43,8 @@ DEFAULT_STREAMS = 16
 class Rendered:
     """One chunk that is done.
 
-    frames: [T, H, W, 3] uint8 on the model's device; None when there was no prompt to render it with yet.
+    frames: [T, H, W, 3] uint8 on the model's device, of the size that went in; None when there was no prompt to render
+        it with yet.
     figures: what `engine.health` judges by, float32, on the model's device.
     understood: see `RenderedChunk`.
     """
@@ -68,6 +72,8 @@ class Pipeline:
         compile_pass: bool = False,
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
+        frame_size: tuple[int, int] | None = None,
+        lanes: Lanes | None = None,
         pool_type: type[KVPool] = KVPool,
     ) -> None:
         """Prepare for frames of width x height pixels.
@@ -77,6 +83,8 @@ class Pipeline:
             mode: whether a chunk takes its steps one after another, or together with those of the chunks before it.
             compile_pass: see `engine.denoise.StreamBatch`.
             sampling, cache: in place of what the model's configuration says.
+            frame_size: width and height of the frames in and out, where they are scaled to be rendered.
+            lanes: of another pipeline of the same model, whose passes and these then come in order.
             pool_type: for comparisons with other caches.
 
         Raises: ValueError, if the size is not a multiple of the VAE's stride times the transformer's patch.
@@ -88,6 +96,7 @@ class Pipeline:
                 raise ValueError(f"{name} {value} must be a positive multiple of {PIXELS_PER_LATENT * patch}")
         self.model = model
         self.width, self.height, self.mode = width, height, mode
+        self.frame_size = frame_size or (width, height)
         self.sampling = sampling or model.config.sampling
         self.max_steps = 4 if self.sampling.timesteps is None else len(self.sampling.timesteps)
         self._rows_per_stream = self.max_steps if mode == "batch" else 1
@@ -104,7 +113,23 @@ class Pipeline:
         )
         self.pool = pool
         self.batch = StreamBatch(model.transformer, pool, compile_pass=compile_pass)
-        self.lanes = Lanes(model.device)
+        self.lanes = lanes or Lanes(model.device)
+        self._encoded = self._decoded = self._forwards = self._rows = self._context = 0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether frames are rendered at another size than they have."""
+        return self.frame_size != (self.width, self.height)
+
+    @property
+    def work(self) -> Work | None:
+        """What the last `tick` consisted of; None where it went out of its usual way, so that its time tells nothing.
+
+        That is when chunks went in or out without the other: as a batch of steps fills, is emptied or waits for text.
+        """
+        if not self._encoded or self._encoded != self._decoded:
+            return None
+        return Work(self._encoded, self._forwards, self._rows, self._context, self.scaled)
 
     # --- streams
 
@@ -149,6 +174,23 @@ class Pipeline:
         state.pending_revision = revision
 
     @torch.inference_mode()
+    def adopt(self, state: SessionState, params: StreamParams, revision: int = 0) -> SessionState:
+        """A stream of another pipeline of the same model goes on here, with other parameters.
+
+        Its prompts, its count of chunks and what has not been shown yet come along; its picture begins anew. Close the
+        old state when this has returned.
+
+        Raises: MemoryError when every row is leased; ValueError for parameters that the model cannot follow. The
+            stream then stays as it was.
+        """
+        adopted = self.open(params)
+        adopted.prompts = state.prompts
+        adopted.prompts.want(params.prompts, params.transition_chunks)
+        adopted.chunks, adopted.frames = state.chunks, state.frames
+        adopted.revision, adopted.pending_revision = state.revision, revision
+        return adopted
+
+    @torch.inference_mode()
     def reanchor(self, state: SessionState) -> None:
         """Begin the cache anew: the next frames become its sinks. The picture goes on in the VAE's memories."""
         with self.lanes.aside():
@@ -175,8 +217,8 @@ class Pipeline:
         """Restyle one chunk of one stream in sequential mode.
 
         Args:
-            frames: [T, H, W, 3] RGB of the pipeline's size, T 4, 1 or 5. A chunk that the VAE cannot take whole is
-                shown to the model with its first frame repeated before it.
+            frames: [T, H, W, 3] RGB of `frame_size`, T 4, 1, 5 or 8. A chunk that the VAE cannot take whole is shown to
+                the model with its first frame repeated before it.
 
         Returns: an array of its own with the same shape.
         Raises: ValueError for any other shape or dtype.
@@ -187,10 +229,11 @@ class Pipeline:
 
     def upload(self, frames: NDArray[np.uint8]) -> Tensor:
         """Frames on the model's device; checks them. Raises ValueError, naming the shape that is taken."""
-        size = (self.height, self.width, 3)
+        width, height = self.frame_size
+        size = (height, width, 3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != size or len(frames) not in CHUNK_LENGTHS:
             raise ValueError(
-                f"frames {frames.dtype} {frames.shape} must be uint8 [T, {self.height}, {self.width}, 3], T 1, 4 or 5"
+                f"frames {frames.dtype} {frames.shape} must be uint8 [T, {height}, {width}, 3], T 1, 4, 5 or 8"
             )
         return self.lanes.upload(frames)
 
@@ -206,6 +249,7 @@ class Pipeline:
         """
         results: list[Rendered] = []
         items = []
+        self._encoded = self._decoded = self._forwards = self._rows = self._context = 0
         for state, frames_THWC in jobs:
             results += [self._finish(item) for item in self.advance_prompts(state)]
             if state.prompts.context is None:
@@ -213,7 +257,11 @@ class Pipeline:
                 self._count(state, frames_THWC.shape[0])
                 continue
             with self.lanes.encode():
-                pixels = frames_THWC.permute(0, 3, 1, 2).to(self.model.dtype if self._plain else torch.float32)
+                plain = self._plain and not self.scaled
+                pixels = frames_THWC.permute(0, 3, 1, 2).to(self.model.dtype if plain else torch.float32)
+                if self.scaled:
+                    pixels = functional.interpolate(pixels, (self.height, self.width), mode="area")
+                    pixels = pixels.to(self.model.dtype) if self._plain else pixels
                 pixels_TCHW = pixels.contiguous().mul_(1 / 127.5).sub_(1)
                 items.append(self.take_in(state, pixels_TCHW))
         results += [self._finish(item) for item in self.denoise(items)]
@@ -260,6 +308,7 @@ class Pipeline:
             understood=state.prompts.understood,
         )
         self._count(state, count)
+        self._encoded += source.shape[1]
         return item
 
     def denoise(self, items: Sequence[Item]) -> list[Item]:
@@ -278,10 +327,10 @@ class Pipeline:
                     alone.append(item)
                 self.batch.begin(item)
             for group in _by_length(together):
-                self.batch.step(group)
+                self._step(group)
             while running := [item for item in alone if not item.done]:
                 for group in _by_length(running):
-                    self.batch.step(group)
+                    self._step(group)
             for item in items:
                 if not item.pipelined:
                     self._prime(item)
@@ -296,7 +345,7 @@ class Pipeline:
         finished = []
         while state.in_flight:
             for group in _by_length(state.in_flight):
-                self.batch.step(group)
+                self._step(group)
             while state.in_flight and state.in_flight[0].done:
                 finished.append(state.in_flight.popleft())
         if state.primed > 1:
@@ -314,8 +363,17 @@ class Pipeline:
 
     # --- parts
 
+    def _step(self, group: Sequence[Item]) -> None:
+        rows = [item.rows[item.step] for item in group]
+        self.batch.step(group)
+        length = group[0].source.shape[1]
+        self._forwards += 1
+        self._rows += length * len(group)
+        self._context += length * sum(min(row.seen, self.pool.window) for row in rows)
+
     def _finish(self, item: Item) -> Rendered:
         grade = item.grade
+        self._decoded += item.clean.shape[1]
         with self.lanes.decode(item.clean, item.camera, *(() if grade is None else (grade,))):
             frames_TCHW = self.decode(item)
             # Judged as the model made it: a night is no black picture.
@@ -323,8 +381,11 @@ class Pipeline:
             shown = frames_TCHW.clamp(-1, 1)
             if grade is not None:
                 shown = apply(grade, shown.float()).clamp_(-1, 1)
-            shown = shown.add_(1).mul_(127.5).round_()
-            frames_THWC = shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+            shown = shown.add_(1).mul_(127.5)
+            if self.scaled:
+                width, height = self.frame_size
+                shown = functional.interpolate(shown.float(), (height, width), mode="bilinear")
+            frames_THWC = shown.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures, item.understood)
 
     def _grade(self, state: SessionState) -> Tensor | None:
@@ -343,12 +404,12 @@ class Pipeline:
 
     def _runs_together(self, state: SessionState, steps: int) -> bool:
         """Whether a chunk joins those in flight: batch mode, and rows that are ready for as many steps."""
-        return self.mode == "batch" and steps > 1 and state.primed == steps
+        return self.mode == "batch" and state.pipelined and steps > 1 and state.primed == steps
 
     def _prime(self, item: Item) -> None:
         """After a chunk on one row, give the row of every step what that one holds."""
         steps = item.schedule.steps
-        if self.mode == "batch" and steps > 1:
+        if self.mode == "batch" and item.state.pipelined and steps > 1:
             # Its own steps ran on the first row alone.
             for row in item.state.rows[1:steps]:
                 self.pool.copy_row(item.state.rows[0], row)

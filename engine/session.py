@@ -105,9 +105,8 @@ class SessionState:
     rows: its cache rows, one, or one a step. in_flight: chunks between their first and last step, oldest first.
     revision: of the parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made,
     for telling a frozen picture. graded: the grade that the prompts ask for, the strength, and both together on the
-    device. history: of the last chunks, as many as the window
-    has frames. primed: as many rows hold the stream,
-    ready for the steps of successive chunks together.
+    device. history: of the last chunks, as many as the window has frames. primed: as many rows hold the stream,
+    ready for the steps of successive chunks together. pipelined: whether its steps shall run so, in mode `batch`.
     """
 
     params: StreamParams
@@ -127,6 +126,7 @@ class SessionState:
     revision: int = 0
     pending_revision: int | None = None
     primed: int = 0
+    pipelined: bool = True
     lease: "weakref.finalize[..., SessionState] | None" = None
     chunks: int = 0
     frames: int = 0

@@ -1,4 +1,4 @@
-"""One rank's loop: read commands, ask the scheduler for the next chunk, render it, hand it on.
+"""One rank's loop: read commands, ask the scheduler for the next pass, render it, learn what it took, hand it on.
 
 Started by `engine.launch` with the control socket, the frame memory and the settings as arguments. End of file on the
 control socket is the order to stop.
@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
-from engine.chunks import ChunkCost
 from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig, ServingProfile
-from engine.cost_model import CostModel, Work
+from engine.cost_model import CostModel, Work, chunk_costs
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
-from engine.memory import Demand, check, needed, shape_of
+from engine.memory import Demand, MemoryPlan, check, needed, shape_of
 from engine.messages import (
     Close,
     Closed,
+    Costs,
     Done,
     Dropped,
     FromRank,
@@ -45,7 +45,7 @@ from engine.messages import (
     encode,
 )
 from engine.pipeline import Pipeline
-from engine.scheduler import Drop, Item, Scheduler
+from engine.scheduler import Drop, Item, Picked, Scheduler
 from engine.session import SessionState
 from engine.wan.weights import Model, load_model
 
@@ -54,6 +54,13 @@ log = logging.getLogger(__name__)
 WARM_UP_CHUNKS = 5
 WARM_UP_PROMPT = "watercolor painting"
 TEXT_POLL_S = 0.5
+# What the profile of other steps, sizes and numbers of streams may take at the start; the rest is learned in service.
+PROFILE_S = 10.0
+# Passes of each number of steps in the profile; the first is not counted.
+PROFILE_PASSES = 4
+# The server is told of costs that have moved by this share, at most this often.
+COST_MOVE = 0.03
+COST_PAUSE_S = 0.5
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -94,17 +101,18 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class _Entered:
-    """A chunk that the model has taken up and not yet given back."""
+    """A chunk, or two as one, that the model has taken up and not yet given back."""
 
-    item: Item
+    items: tuple[Item, ...]
     started_at: float
 
 
 @dataclass(slots=True)
 class _Stream:
-    """A stream in this rank: its model state, a parameter change that waits for the next chunk border, and the
-    chunks inside, oldest first. told: what the server knows the prompts were taken for."""
+    """A stream in this rank: the pipeline of its size with its state there, a parameter change that waits for the next
+    chunk border, and the chunks inside, oldest first. told: what the server knows the prompts were taken for."""
 
+    pipeline: Pipeline
     state: SessionState
     pending: Update | None = None
     entered: deque[_Entered] = field(default_factory=deque)
@@ -123,6 +131,15 @@ class _Result:
     understood: tuple[Understood, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass that may still be running on the device. work: None where its time tells nothing."""
+
+    results: list[_Result]
+    started_at: float
+    work: Work | None
+
+
 class Worker:
     """Holds the model, the streams and what waits for them."""
 
@@ -131,15 +148,19 @@ class Worker:
         self._memory = memory
         self._settings = settings
         self._costs = CostModel()
-        self._scheduler = Scheduler(self._costs, micro_batch=settings.micro_batch)
+        self._scheduler: Scheduler
         self._streams: dict[int, _Stream] = {}
-        # Results of passes that may still be running on the device: one is copied out while the next is made.
-        self._passes: deque[list[_Result]] = deque()
-        self._cost = ChunkCost()
+        # The results of one pass are copied out while the next is made.
+        self._passes: deque[_Pass] = deque()
+        self._last_finish = float("-inf")
+        self._told_costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
+        self._told_costs_at = float("-inf")
         self._pipeline: Pipeline
+        # The same model at a smaller size, where it has one.
+        self._small: Pipeline | None = None
 
     def load(self) -> None:
-        """Load and warm up the model, reporting progress; `ready` carries the measured cost of a chunk.
+        """Load and warm up the model, reporting progress; before `ready` comes what chunks cost.
 
         Raises: EngineError for a model that does not fit the device or its own description.
         """
@@ -148,7 +169,7 @@ class Worker:
         self._tell(EngineState.LOADING, 1, f"loading {settings.model}")
         device = torch.device(settings.device)
         dtype = _dtype(settings, device)
-        check_fits(settings, dtype, device)
+        plan = check_fits(settings, dtype, device)
         model = load_model(
             settings.model_dir,
             device,
@@ -164,60 +185,75 @@ class Worker:
             # Its gigabytes may take minutes, in a process of its own; a rank that says nothing is taken for dead.
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        cost_s = self._warm_up(profile)
-        self._cost = ChunkCost(cost_s)
-        self._costs.profile([(Work.of_chunk(profile.steps), cost_s)])
+        if (size := small_size(settings)) is not None:
+            self._small = make_pipeline(model, settings, size=size, beside=self._pipeline)
+        self._costs.profile(self._warm_up(profile))
         self._pipeline.batch.seal()
-        self._connection.send(
-            Status(
-                state=EngineState.READY,
-                percent=100,
-                chunk_frames=profile.chunk_frames,
-                chunk_cost_s=self._cost.chunk_cost_s,
-            )
+        self._scheduler = Scheduler(
+            self._costs,
+            micro_batch=settings.micro_batch,
+            chunk_latents=settings.chunk_latents,
+            pipeline=settings.mode == "batch",
+            window=self._pipeline.pool.window,
         )
+        state_bytes = sum(part.size_bytes for part in plan.parts if part.kind == "stream") // pool_streams(settings)
+        self._tell_costs(time.monotonic(), state_bytes)
+        self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
 
-    def _warm_up(self, profile: ServingProfile) -> float:
-        """Render until everything runs at its usual speed; returns what a chunk costs then.
+    def _warm_up(self, profile: ServingProfile) -> list[tuple[Work, float]]:
+        """Render until everything runs at its usual speed; returns what passes of each kind took then, in seconds.
 
         With compiled passes also what else may come: other numbers of steps, and several streams in a pass.
         """
         settings, pipeline = self._settings, self._pipeline
-        states = [pipeline.open(StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps))]
+        params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
         first, later = (
             np.zeros((count, settings.height, settings.width, 3), np.uint8)
             for count in (profile.first_chunk_frames, profile.chunk_frames)
         )
+        taken: dict[Work, list[float]] = {}
 
-        def chunk(streams: Sequence[SessionState]) -> float:
+        def chunk(pipeline: Pipeline, streams: Sequence[SessionState]) -> None:
             started = time.monotonic()
             jobs = [(state, pipeline.upload(later if state.chunks else first)) for state in streams]
             for rendered in pipeline.tick(jobs):
                 if rendered.frames is not None:
                     pipeline.lanes.download(rendered.frames).wait()
-            return time.monotonic() - started
+            if pipeline.work is not None:
+                taken.setdefault(pipeline.work, []).append(time.monotonic() - started)
 
         # Past the filling of the window: from then on every chunk costs the same.
         chunks = max(WARM_UP_CHUNKS, pipeline.pool.window + 2)
-        costs = []
+        states = [pipeline.open(params)]
         for done in range(chunks):
             self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
-            costs.append(chunk(states))
-        if settings.compile and settings.mode == "batch":
-            for steps in range(1, pipeline.max_steps + 1):
-                self._tell(EngineState.WARMING, 95, f"compiling for {steps} steps")
-                pipeline.set_params(states[0], StreamParams(prompt=WARM_UP_PROMPT, steps=steps))
-                for _ in range(steps + 2):
-                    chunk(states)
-        if settings.compile:
-            for count in range(2, settings.micro_batch + 1):
-                self._tell(EngineState.WARMING, 97, f"compiling for {count} streams in a pass")
-                states.append(pipeline.open(states[0].params))
+            chunk(pipeline, states)
+        until = time.monotonic() + PROFILE_S
+        for which in (pipeline, self._small):
+            if which is None:
+                continue
+            percent = 95
+            if which is self._small:
+                percent, states = 97, [which.open(params)]
                 for _ in range(chunks):
-                    chunk(states)
-        for state in states:
-            pipeline.close(state)
-        return statistics.median(costs[-WARM_UP_CHUNKS:])
+                    chunk(which, states)
+            for steps in range(1, pipeline.max_steps + 1):
+                self._tell(EngineState.WARMING, percent, f"measuring {steps} steps")
+                which.set_params(states[0], params.model_copy(update={"steps": steps}))
+                for _ in range(max(PROFILE_PASSES, steps + 2)):
+                    if settings.compile or time.monotonic() < until:
+                        chunk(which, states)
+            which.set_params(states[0], params)
+            for count in range(2, settings.micro_batch + 1):
+                self._tell(EngineState.WARMING, percent, f"measuring {count} streams in a pass")
+                states.append(which.open(params))
+                for _ in range(chunks):
+                    if settings.compile or time.monotonic() < until:
+                        chunk(which, states)
+            for state in states:
+                which.close(state)
+        # The first pass of a kind may be slow, and those over a window that is not yet full come once.
+        return [(work, statistics.median(seconds[1:])) for work, seconds in taken.items() if len(seconds) > 1]
 
     def close(self) -> None:
         """Stop what the model keeps running beside this process."""
@@ -228,14 +264,13 @@ class Worker:
         """Serve until the server closes the connection, which raises Disconnected."""
         while True:
             picked = self._scheduler.pick(time.monotonic())
-            items = list(picked.items)
             self._report(picked.drops)
-            if items:
-                self._render(items)
+            if picked.items:
+                self._render(picked)
             # The newest pass goes on while the one before is delivered; with nothing to do it is waited for.
-            while len(self._passes) > (1 if items and self._pipeline.lanes.overlapping else 0):
+            while len(self._passes) > (1 if picked.items and self._pipeline.lanes.overlapping else 0):
                 self._deliver(self._passes.popleft())
-            for message in self._connection.receive(wait=not items):
+            for message in self._connection.receive(wait=not picked.items):
                 self._handle(message)
 
     def _tell(self, state: EngineState, percent: int, detail: str) -> None:
@@ -251,23 +286,34 @@ class Worker:
             case Update():
                 if stream := self._streams.get(message.stream):
                     stream.pending = message
+                    self._plan(message.stream, message.params)
             case Close():
                 self._forget(message.stream)
                 self._connection.send(Closed(stream=message.stream))
 
     def _open(self, message: Open) -> None:
+        pipeline = self._pipeline_for(message.params)
         try:
-            state = self._pipeline.open(message.params)
+            state = pipeline.open(message.params)
         except (ValueError, MemoryError) as error:
             self._connection.send(StreamFailed(stream=message.stream, message=f"cannot open: {error}"))
             return
-        self._streams[message.stream] = _Stream(state)
+        self._streams[message.stream] = _Stream(pipeline, state)
         self._scheduler.open(message.stream)
+        self._plan(message.stream, message.params)
+
+    def _pipeline_for(self, params: StreamParams) -> Pipeline:
+        return self._small if params.small and self._small is not None else self._pipeline
+
+    def _plan(self, number: int, params: StreamParams) -> None:
+        """Tell the scheduler what the stream's next chunk will be made with."""
+        small = params.small and self._small is not None
+        self._scheduler.change(number, steps=params.steps if params.strength > 0 else 0, small=small)
 
     def _forget(self, number: int) -> None:
         self._scheduler.close(number)
         if stream := self._streams.pop(number, None):
-            self._pipeline.close(stream.state)
+            stream.pipeline.close(stream.state)
 
     def _fail(self, number: int, error: Exception) -> None:
         log.error("stream %d failed", number, exc_info=error)
@@ -281,20 +327,35 @@ class Worker:
 
     # --- one pass
 
-    def _render(self, items: list[Item]) -> None:
+    def _render(self, picked: Picked) -> None:
         """Queue one pass over the chunks given. A fault ends the streams of this pass and no other."""
+        chunks: dict[int, tuple[Item, ...]] = {}
+        for item in picked.items:
+            chunks[item.stream] = (*chunks.get(item.stream, ()), item)
+        for number in chunks:
+            self._take_up_change(number, self._streams[number])
+        # A change that was refused may have been counted on.
+        of_pipeline: dict[int, list[int]] = {}
+        for number in chunks:
+            of_pipeline.setdefault(id(self._streams[number].pipeline), []).append(number)
+        for numbers in of_pipeline.values():
+            self._render_together({number: chunks[number] for number in numbers}, picked.pipelined)
+
+    def _render_together(self, chunks: dict[int, tuple[Item, ...]], pipelined: frozenset[int]) -> None:
         jobs: list[tuple[SessionState, Tensor]] = []
         numbers: dict[int, int] = {}
         started = time.monotonic()
+        pipeline = self._streams[next(iter(chunks))].pipeline
         try:
-            for item in items:
-                stream = self._streams[item.stream]
-                self._take_up_change(stream)
-                stream.entered.append(_Entered(item, started))
-                frames = self._memory.slot(item.stream, item.slot, item.frames)
-                jobs.append((stream.state, self._pipeline.upload(frames)))
-                numbers[id(stream.state)] = item.stream
-            download = self._pipeline.lanes.download
+            for number, items in chunks.items():
+                stream = self._streams[number]
+                stream.state.pipelined = number in pipelined
+                stream.entered.append(_Entered(items, started))
+                parts = [self._memory.slot(number, item.slot, item.frames) for item in items]
+                frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                jobs.append((stream.state, pipeline.upload(frames)))
+                numbers[id(stream.state)] = number
+            download = pipeline.lanes.download
             results = [
                 _Result(
                     numbers[id(done.state)],
@@ -304,26 +365,37 @@ class Worker:
                     None if done.figures is None else download(done.figures),
                     done.understood,
                 )
-                for done in self._pipeline.tick(jobs)
+                for done in pipeline.tick(jobs)
             ]
         except (RuntimeError, ValueError, EngineError) as error:
-            for item in items:
-                self._fail(item.stream, error)
+            for number in chunks:
+                self._fail(number, error)
             return
-        self._passes.append(results)
+        self._passes.append(_Pass(results, started, pipeline.work))
 
-    def _take_up_change(self, stream: _Stream) -> None:
+    def _take_up_change(self, number: int, stream: _Stream) -> None:
         """Follow a parameter change; one that the model cannot follow leaves the stream as it is."""
         if stream.pending is None:
             return
+        pending, stream.pending = stream.pending, None
+        pipeline = self._pipeline_for(pending.params)
         try:
-            self._pipeline.set_params(stream.state, stream.pending.params, stream.pending.revision)
-        except ValueError as error:
+            if pipeline is stream.pipeline:
+                pipeline.set_params(stream.state, pending.params, pending.revision)
+                return
+            state = pipeline.adopt(stream.state, pending.params, pending.revision)
+        except (ValueError, MemoryError) as error:
             log.warning("parameters refused: %s", error)
-        stream.pending = None
+            self._plan(number, stream.state.params)
+            return
+        # What was made of the old state is this stream's still.
+        while self._passes:
+            self._deliver(self._passes.popleft())
+        stream.pipeline.close(stream.state)
+        stream.pipeline, stream.state = pipeline, state
 
-    def _deliver(self, results: list[_Result]) -> None:
-        for result in results:
+    def _deliver(self, done: _Pass) -> None:
+        for result in done.results:
             stream = self._streams.get(result.stream)
             if stream is None or stream.state is not result.state:
                 continue  # closed meanwhile
@@ -334,6 +406,32 @@ class Worker:
                 self._fail(result.stream, error)
                 continue
             self._send(result, stream, frames, figures)
+        # Behind the pass before it on the same device it has only waited.
+        now = time.monotonic()
+        seconds, self._last_finish = now - max(done.started_at, self._last_finish), now
+        if done.work is not None and self._costs.observe(done.work, seconds):
+            self._tell_costs(now, self._told_costs.state_bytes)
+
+    def _tell_costs(self, now: float, state_bytes: int) -> None:
+        """Tell the server what chunks cost, if that has moved and was not told just now."""
+        if now - self._told_costs_at < COST_PAUSE_S:
+            return
+        steps, window = self._settings.profile.steps, self._pipeline.pool.window
+        costs = chunk_costs(
+            self._costs, range(1, self._pipeline.max_steps + 1), window=window, has_small=self._small is not None
+        )
+        if all(
+            abs(new.mean_s - old.mean_s) <= COST_MOVE * old.mean_s
+            and abs(new.upper_s - old.upper_s) <= COST_MOVE * old.upper_s
+            for new, old in zip(costs, self._told_costs.costs, strict=False)
+        ) and len(costs) == len(self._told_costs.costs):
+            return
+        chunk_cost_s = self._costs.mean_s(Work.of_chunk(steps, window=window))
+        self._told_costs, self._told_costs_at = (
+            Costs(chunk_cost_s=chunk_cost_s, costs=costs, state_bytes=state_bytes),
+            now,
+        )
+        self._connection.send(self._told_costs)
 
     def _send(self, result: _Result, stream: _Stream, frames: Frames | None, figures: Sequence[float] | None) -> None:
         """Hand one chunk over: the model's picture, or the camera's where that must not be shown."""
@@ -342,17 +440,20 @@ class Worker:
             verdict = stream.state.health.judge(ChunkFigures.from_values(figures))
         entered = stream.entered.popleft()
         if frames is not None and not verdict.fault:
-            self._memory.slot(result.stream, entered.item.slot, entered.item.frames)[:] = frames
+            begin = 0
+            for item in entered.items:
+                self._memory.slot(result.stream, item.slot, item.frames)[:] = frames[begin : begin + item.frames]
+                begin += item.frames
         if verdict.fault and verdict.fault != "text_pending":
-            log.warning("stream %d: chunk %d withheld: %s", result.stream, entered.item.chunk, verdict.fault)
+            log.warning("stream %d: chunk %d withheld: %s", result.stream, entered.items[0].chunk, verdict.fault)
         self._done(result, stream, entered, verdict)
         if verdict.drifted:
-            self._pipeline.reanchor(stream.state)
+            stream.pipeline.reanchor(stream.state)
         if verdict.reset:
             # What was made of the same state goes out first, then what was lost inside, as the camera's.
             while self._passes:
                 self._deliver(self._passes.popleft())
-            lost = self._pipeline.reset(stream.state)
+            lost = stream.pipeline.reset(stream.state)
             for _ in lost:
                 self._done(result, stream, stream.entered.popleft(), verdict)
 
@@ -360,20 +461,20 @@ class Worker:
         finished = time.monotonic()
         news = result.understood if result.understood != stream.told else None
         stream.told = result.understood
-        self._cost.on_done(entered.started_at, finished)
-        self._connection.send(
-            Done(
-                stream=result.stream,
-                chunk=entered.item.chunk,
-                slot=entered.item.slot,
-                revision=result.revision,
-                started_at=entered.started_at,
-                finished_at=finished,
-                fault=verdict.fault,
-                reanchored=verdict.drifted or verdict.reset,
-                understood=news,
+        for item in entered.items:
+            self._connection.send(
+                Done(
+                    stream=result.stream,
+                    chunk=item.chunk,
+                    slot=item.slot,
+                    revision=result.revision,
+                    started_at=entered.started_at,
+                    finished_at=finished,
+                    fault=verdict.fault,
+                    reanchored=item is entered.items[0] and (verdict.drifted or verdict.reset),
+                    understood=news if item is entered.items[0] else None,
+                )
             )
-        )
 
 
 def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
@@ -382,8 +483,8 @@ def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
-def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> None:
-    """Compare what the model will need with what the device has, before anything is loaded.
+def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+    """Compare what the model will need with what the device has, before anything is loaded; returns the need.
 
     Raises: EngineError with the parts, the bound and the cures.
     """
@@ -405,11 +506,27 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
         rows=MAX_STEPS if settings.mode == "batch" else 1,
         dtype="bfloat16" if dtype is torch.bfloat16 else "float32",
         vae="light" if light else "full",
-        micro_batch=settings.micro_batch,
+        micro_batch=settings.micro_batch * settings.chunk_latents,
         fp8=settings.fp8,
         text_here=settings.text_device == settings.device,
     )
-    check(needed(shape, demand), available)
+    plan = needed(shape, demand)
+    if (size := small_size(settings)) is not None:
+        small = needed(shape, replace(demand, width=size[0], height=size[1]))
+        parts = tuple(replace(part, name=f"{part.name}, small") for part in small.parts if part.kind == "stream")
+        plan = replace(plan, parts=(*plan.parts, *parts))
+    check(plan, available)
+    return plan
+
+
+def small_size(settings: EngineSettings) -> tuple[int, int] | None:
+    """The size at which streams can be rendered when the engine is too slow; None where there is none.
+
+    Compiled passes and steps in flight together are of one size.
+    """
+    if settings.compile or settings.mode == "batch":
+        return None
+    return settings.profile.smaller(settings.width, settings.height)
 
 
 def pool_streams(settings: EngineSettings) -> int:
@@ -417,16 +534,23 @@ def pool_streams(settings: EngineSettings) -> int:
     return max(settings.max_streams, settings.micro_batch)
 
 
-def make_pipeline(model: Model, settings: EngineSettings) -> Pipeline:
+def make_pipeline(
+    model: Model, settings: EngineSettings, *, size: tuple[int, int] | None = None, beside: Pipeline | None = None
+) -> Pipeline:
     """The pipeline that the settings ask for.
+
+    Args:
+        size: to render at in place of the settings'; frames stay of theirs.
+        beside: the pipeline with which this one takes turns.
 
     Raises: EngineError for settings that this model cannot follow.
     """
     try:
         return Pipeline(
             model,
-            settings.width,
-            settings.height,
+            *(size or (settings.width, settings.height)),
+            frame_size=(settings.width, settings.height),
+            lanes=None if beside is None else beside.lanes,
             streams=pool_streams(settings),
             mode=settings.mode,
             attention=settings.attention,

@@ -25,7 +25,6 @@ from engine.api import (
     StreamParams,
     Understood,
 )
-from engine.chunks import ChunkCost
 from engine.client import LocalEngine, LocalStream
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
@@ -331,20 +330,34 @@ async def test_a_start_may_take_long_but_not_be_silent() -> None:
     assert await reading == "no progress for 0 s while starting"
 
 
-@pytest.mark.parametrize(
-    ("chunks", "cost_s"),
-    [
-        ([(float(i), i + 0.2) for i in range(80)], 0.2),  # one at a time
-        # A batch of two steps: a chunk is done in the pass that takes the next one up.
-        ([(float(i), i + 1.2) for i in range(80)], 0.2),
-        # Three steps, the rank never idle.
-        ([(0.3 * i, 0.3 * i + 0.9) for i in range(80)], 0.3),
-        # Two streams in one pass.
-        ([(float(i // 2), i // 2 + 0.4) for i in range(160)], 0.2),
-    ],
-)
-def test_the_cost_of_a_chunk_is_the_engines_time_not_its_stay(chunks: list[tuple[float, float]], cost_s: float) -> None:
-    cost = ChunkCost(1.0)
-    for started_at, finished_at in chunks:
-        cost.on_done(started_at, finished_at)
-    assert cost.chunk_cost_s == pytest.approx(cost_s, rel=0.02)
+async def test_what_a_chunk_costs_is_told_by_steps(engine: AnyEngine) -> None:
+    costs = engine.capacity.costs
+    assert [cost.steps for cost in costs if not cost.small] == [1, 2, 3, 4]
+    means = [engine.capacity.mean_s(steps) for steps in range(1, 5)]
+    assert means[0] > 0 and means == sorted(means)
+    assert all(cost.mean_s <= cost.upper_s for cost in costs)
+    assert engine.capacity.chunk_cost_s == means[0]
+
+
+async def test_the_fakes_costs_are_its_delay_by_steps_and_size_and_follow_it() -> None:
+    engine = FakeEngine(SIZE, SIZE, delay_s=0.002)
+    await engine.start()
+    await engine.wait_ready()
+    before = engine.capacity
+    assert before.chunk_cost_s == pytest.approx(0.002, rel=1e-3)
+    assert before.has_small
+    assert before.mean_s(2) == pytest.approx(1.7 * 0.002, rel=1e-3)
+    assert before.mean_s(1, small=True) == pytest.approx(0.56 * 0.002, rel=1e-3)
+    engine.delay_s = 0.004
+    async with engine.open_stream("s", StreamParams(steps=2)) as stream:
+        started = [one.engine_started_at for one in await render(stream, [chunk(index) for index in range(20)])]
+        stream.update(StreamParams(steps=1, small=True))
+        await render(stream, [chunk(20)])
+    assert len(set(started)) == 20
+    after = engine.capacity
+    # Those not seen since have become slower with those that were.
+    for steps in (1, 2, 4):
+        assert after.mean_s(steps) == pytest.approx(2 * before.mean_s(steps), rel=0.05)
+    await engine.close()
+    engine = FakeEngine(SIZE, SIZE, delay_s=0.0, small_share=0.0)
+    assert (engine.capacity.chunk_cost_s, engine.capacity.costs, engine.capacity.has_small) == (0.0, (), False)

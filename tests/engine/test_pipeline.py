@@ -190,7 +190,7 @@ def test_still_input_settles_to_a_still_picture(pipeline: Pipeline) -> None:
     ],
 )
 def test_frames_of_another_shape_are_refused(pipeline: Pipeline, frames: NDArray[Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be uint8 \[T, 48, 32, 3\], T 1, 4 or 5"):
+    with pytest.raises(ValueError, match=r"must be uint8 \[T, 48, 32, 3\], T 1, 4, 5 or 8"):
         pipeline.render(pipeline.open(StreamParams()), frames)
 
 

@@ -1,7 +1,10 @@
 """The rank's loop in this process, over a script of messages: every chunk comes back once, whatever the model does."""
 
+import json
+import shutil
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,10 +15,12 @@ from torch import Tensor
 
 from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
 from engine.config import EngineSettings
+from engine.cost_model import Work
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.messages import (
     Close,
     Closed,
+    Costs,
     Done,
     Dropped,
     FromRank,
@@ -28,8 +33,8 @@ from engine.messages import (
     decode_from_rank,
     encode,
 )
-from engine.pipeline import Mode, Pipeline
-from engine.session import Item
+from engine.pipeline import Mode, Pipeline, Rendered
+from engine.session import Item, SessionState
 from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.weights import load_model
 from engine.worker import Connection, Disconnected, Worker, make_pipeline
@@ -100,9 +105,16 @@ def given(chunk: int, stream: int = 0, frames: int = 4) -> Frames:
 def rank_of(model_dir: Path) -> Iterator[Callable[..., Rank]]:
     ranks = []
 
-    def make(mode: Mode = "sequential", *, micro_batch: int = 1, max_streams: int = 2) -> Rank:
-        settings = EngineSettings(
-            model=str(model_dir), width=SIZE, height=SIZE, mode=mode, micro_batch=micro_batch, max_streams=max_streams
+    def make(mode: Mode = "sequential", *, folder: Path = model_dir, max_streams: int = 2, **more: object) -> Rank:
+        settings = EngineSettings.model_validate(
+            {
+                "model": str(folder),
+                "width": SIZE,
+                "height": SIZE,
+                "mode": mode,
+                "max_streams": max_streams,
+                **more,
+            }
         )
         ranks.append(Rank(settings))
         return ranks[-1]
@@ -133,7 +145,48 @@ def test_the_start_is_told_by_percent_and_ends_ready_with_a_measured_cost(rank_o
     assert list(dict.fromkeys(states)) == [EngineState.LOADING, EngineState.WARMING, EngineState.READY]
     assert states.count(EngineState.WARMING) > 4
     assert (told[-1].percent, told[-1].chunk_frames) == (100, 4)
-    assert 0 < told[-1].chunk_cost_s < 60
+
+
+def test_costs_come_before_ready_and_follow_the_device(
+    rank_of: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = rank_of()
+    (costs,) = [message for message in rank.starting if isinstance(message, Costs)]
+    assert rank.starting[-2] is costs
+    assert [(cost.steps, cost.small) for cost in costs.costs] == [(steps, False) for steps in range(1, 5)]
+    means = [cost.mean_s for cost in costs.costs]
+    assert 0 < means[0] == costs.chunk_cost_s < 60
+    assert means == sorted(means)
+    assert all(cost.mean_s <= cost.upper_s for cost in costs.costs)
+    # Keys and values of two layers over a window of three frames of four tokens, at the least.
+    assert costs.state_bytes > 2 * 2 * 3 * 4 * 96 * 4
+    # Slower by a second a chunk: told within some chunks, and not with each of them.
+    monkeypatch.setattr("engine.worker.time", SlowClock(rank.pipeline))
+    rank.say(Open(stream=0, params=StreamParams(prompt="neon")))
+    for chunk in range(12):
+        rank.submit(chunk)
+    told = rank.answers(Costs)
+    assert 0 < len(told) <= 12
+    assert told[-1].chunk_cost_s == pytest.approx(1.0, rel=0.2)
+    # Nothing new to tell.
+    monkeypatch.setattr("engine.worker.COST_MOVE", 9.0)
+    rank.submit(12)
+    assert len(rank.answers(Costs)) == len(told)
+
+
+class SlowClock:
+    """A clock that stands still but for a second a pass of the pipeline."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._now, self._tick = time.monotonic(), pipeline.tick
+        pipeline.tick = self._slow  # type: ignore[method-assign]
+
+    def _slow(self, jobs: Sequence[tuple[SessionState, Tensor]]) -> list[Rendered]:
+        self._now += 1.0
+        return self._tick(jobs)
+
+    def monotonic(self) -> float:
+        return self._now
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -400,3 +453,111 @@ def test_messages_arrive_whole_over_a_real_socket_however_they_are_cut() -> None
         with pytest.raises(Disconnected):
             for _ in range(3):
                 connection.send(Closed(stream=5))
+
+
+# --- the smaller size
+
+
+@pytest.fixture
+def two_sizes(model_dir: Path, tmp_path: Path) -> Path:
+    """The model folder, good at half the size too."""
+    folder = tmp_path / "two"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["serving"] = {"sizes": [[SIZE, SIZE], [SIZE // 2, SIZE // 2]]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_stream_goes_to_the_smaller_size_and_back_without_losing_a_chunk(
+    rank_of: Callable[..., Rank], two_sizes: Path
+) -> None:
+    rank = rank_of(folder=two_sizes)
+    (costs,) = [message for message in rank.starting if isinstance(message, Costs)]
+    assert [cost.steps for cost in costs.costs if cost.small] == [1, 2, 3, 4]
+    full, small = rank.pipeline, rank.worker._small
+    assert small is not None
+    free = len(full.pool._free), len(small.pool._free)
+    params = StreamParams(prompt="neon", seed=3)
+    rank.say(Open(stream=0, params=params))
+    changes = {3: True, 6: False, 9: True}
+    for chunk in range(12):
+        if chunk in changes:
+            rank.say(
+                Update(stream=0, revision=chunk, params=params.model_copy(update={"small": changes[chunk]})),
+            )
+        rank.submit(chunk, frames=4 if chunk else 1)
+        lent = free[0] - len(full.pool._free), free[1] - len(small.pool._free)
+        assert lent == ((0, 1) if 3 <= chunk < 6 or chunk >= 9 else (1, 0))
+    dones = rank.answers(Done)
+    assert [done.chunk for done in dones] == list(range(12))
+    assert [done.revision for done in dones] == [0] * 3 + [3] * 3 + [6] * 3 + [9] * 3
+    assert not any(done.fault for done in dones)
+    # The picture goes on, a little softer: of the chunk's own frames, at their size.
+    assert not np.array_equal(rank.shown(dones[-1]), given(11))
+    rank.say(Close(stream=0))
+    assert (len(full.pool._free), len(small.pool._free)) == free
+
+
+def test_the_smaller_picture_is_of_the_frames_given_and_of_their_size(
+    two_sizes: Path, rank_of: Callable[..., Rank]
+) -> None:
+    rank = rank_of(folder=two_sizes)
+    small = rank.worker._small
+    assert small is not None and small.scaled
+    # Two halves of one grey each, given back as they are at strength 0.
+    frames = np.full((4, SIZE, SIZE, 3), 60, np.uint8)
+    frames[:, :, SIZE // 2 :] = 200
+    state = small.open(StreamParams(prompt="neon", strength=0.0))
+    shown = small.render(state, frames)
+    assert shown.shape == frames.shape
+    alone = make_pipeline(rank.pipeline.model, rank.worker._settings.model_copy(update={"width": 16, "height": 16}))
+    expected = alone.render(alone.open(StreamParams(prompt="neon", strength=0.0)), frames[:, ::2, ::2])
+    planes = torch.from_numpy(expected).permute(0, 3, 1, 2).float()
+    larger = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bilinear").permute(0, 2, 3, 1).numpy()
+    assert abs(shown - larger).max() <= 1
+
+
+def test_a_small_stream_that_cannot_move_stays_as_it_is(rank_of: Callable[..., Rank], two_sizes: Path) -> None:
+    rank = rank_of(folder=two_sizes, max_streams=1)
+    assert rank.worker._small is not None
+    held = rank.worker._small.open(StreamParams(prompt="ink"))
+    params = StreamParams(prompt="neon")
+    rank.say(
+        Open(stream=0, params=params), Update(stream=0, revision=1, params=params.model_copy(update={"small": True}))
+    )
+    rank.submit(0)
+    assert [(done.chunk, done.revision, done.fault) for done in rank.answers(Done)] == [(0, 0, "")]
+    assert rank.worker._streams[0].pipeline is rank.pipeline
+    rank.worker._small.close(held)
+
+
+def test_small_means_nothing_where_the_model_has_no_smaller_size(rank_of: Callable[..., Rank], two_sizes: Path) -> None:
+    batch = rank_of("batch", folder=two_sizes)
+    assert batch.worker._small is None
+    batch.say(Open(stream=0, params=StreamParams(prompt="neon", small=True)))
+    batch.submit(0)
+    assert [done.chunk for done in batch.answers(Done)] == [0]
+    assert not any(cost.small for message in batch.starting if isinstance(message, Costs) for cost in message.costs)
+
+
+# --- two chunks as one
+
+
+def test_two_waiting_chunks_are_rendered_as_one_and_come_back_as_two(rank_of: Callable[..., Rank]) -> None:
+    rank = rank_of(chunk_latents=2)
+    # A pass costs as much as a chunk, so that half of it is gained.
+    rank.worker._costs.profile([(Work(1, 1, 1, 3), 0.010), (Work(2, 1, 2, 6), 0.011)])
+    rank.say(Open(stream=0, params=StreamParams(prompt="neon")))
+    rank.submit(0, frames=1)
+    rank.say(rank.submit(1, now=False), rank.submit(2, now=False))
+    rank.submit(3)
+    dones = rank.answers(Done)
+    assert [done.chunk for done in dones] == [0, 1, 2, 3]
+    assert (dones[1].started_at, dones[1].slot) == (dones[2].started_at, 1)
+    twin = make_pipeline(rank.pipeline.model, rank.worker._settings)
+    state = twin.open(StreamParams(prompt="neon"))
+    twin.render(state, given(0, frames=1))
+    expected = twin.render(state, np.concatenate((given(1), given(2))))
+    shown = np.concatenate([rank.shown(done) for done in dones[1:3]])
+    np.testing.assert_array_equal(shown, expected)
