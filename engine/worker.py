@@ -55,7 +55,7 @@ WARM_UP_CHUNKS = 5
 WARM_UP_PROMPT = "watercolor painting"
 TEXT_POLL_S = 0.5
 # What the profile of other steps, sizes and numbers of streams may take at the start; the rest is learned in service.
-PROFILE_S = 10.0
+PROFILE_S = 5.0
 # Passes of each number of steps in the profile; the first is not counted.
 PROFILE_PASSES = 4
 # The server is told of costs that have moved by this share, at most this often.
@@ -237,7 +237,9 @@ class Worker:
                 percent, states = 97, [which.open(params)]
                 for _ in range(chunks):
                     chunk(which, states)
-            for steps in range(1, pipeline.max_steps + 1):
+            # Cost goes straight with steps; only compilation has to see each number.
+            ends = {1, profile.steps, pipeline.max_steps}
+            for steps in range(1, pipeline.max_steps + 1) if settings.compile else sorted(ends):
                 self._tell(EngineState.WARMING, percent, f"measuring {steps} steps")
                 which.set_params(states[0], params.model_copy(update={"steps": steps}))
                 for _ in range(max(PROFILE_PASSES, steps + 2)):
