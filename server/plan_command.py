@@ -271,6 +271,10 @@ def predict(setup: Setup, workload: Workload, *, find_held: bool) -> dict[str, A
     }
 
 
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
 def _finite(seconds: float) -> float | None:
     return round(seconds, 4) if isfinite(seconds) else None
 
@@ -282,7 +286,7 @@ def _table(result: dict[str, Any]) -> str:
     held = result["sessions_held"]
     rows = [
         ("devices", f"{', '.join(result['devices'])} in groups of {', '.join(map(str, result['groups']))}"),
-        ("model", f"{result['model']}, {result['size']}, {result['steps']} steps, {result['vae']} VAE"),
+        ("model", f"{result['model']}, {result['size']}, {_steps(result['steps'])}, {result['vae']} VAE"),
         ("system", result["system"]),
         ("frames a second, one stream flat out", f"{result['throughput_fps']:.1f}"),
         ("sessions held below 1 % misses", "not these" if held is None else str(held)),
@@ -311,7 +315,7 @@ def plot(setup: Setup, workload: Workload, held: int) -> str:
     runs = [setup.run(replace(workload, sessions=count)) for count in counts]
     title = (
         f"{', '.join(f'{setup.devices.count(name)} {name}' for name in dict.fromkeys(setup.devices))}, {setup.model}, "
-        f"{setup.width}x{setup.height}, {setup.steps} steps, {workload.fps:g} fps, "
+        f"{setup.width}x{setup.height}, {_steps(setup.steps)}, {workload.fps:g} fps, "
         f"{'as published' if setup.as_published else 'Livebrush'}: prediction"
     )
     panels = (
