@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 MAX_SESSIONS = 256
 MAX_SECONDS = 86_400.0
+BUSY_SHARE = 0.95
 LOCAL_URL = "http://127.0.0.1:8080"
 MEANING = (
     "dmr is the share of due frames that came late or never, by the server's book over the measured time; age is from "
@@ -50,7 +51,11 @@ def add_load_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--prompt", default="watercolour painting", help="the style (default: watercolour painting)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default: the server's)")
     parser.add_argument(
-        "--ramp", type=_seconds_or_none, default=1.0, metavar="S", help="spread the offers over it (default: 1)"
+        "--ramp",
+        type=_seconds_or_none,
+        default=1.0,
+        metavar="S",
+        help="spread the offers over it (default: 1; a server takes 30 at once, then 2 a second)",
     )
     parser.add_argument(
         "--warmup", type=_seconds_or_none, default=2.0, metavar="S", help="not measured, once all run (default: 2)"
@@ -113,7 +118,7 @@ def to_text(report: dict[str, Any]) -> str:
             f" frame rates {_cell(fair['share_min'], '{:.2f}')} to {_cell(fair['share_max'], '{:.2f}')} of their mean"
         )
     for session in sessions:
-        for name in ("dropped", "notices", "losses"):
+        for name in ("dropped", "rung_moves", "notices", "losses"):
             if session[name]:
                 counted = ", ".join(f"{what} {count}" for what, count in sorted(session[name].items()))
                 lines.append(f"session {session['session']} {name}: {counted}")
@@ -129,6 +134,11 @@ def to_text(report: dict[str, Any]) -> str:
         f"generator: {_cell(generator['cpu_share_of_a_core'], '{:.0%}')} of a core, event loop late by"
         f" {_cell(generator['loop_lag_p99_s'], '{:.3f}')} s (p99), {generator['camera_late']} frames sent late"
     )
+    if generator["machine_cpu_share"] > BUSY_SHARE:
+        lines.append(
+            f"this machine was busy to {generator['machine_cpu_share']:.0%} while it was measured:"
+            " unless the server alone was the cause, the figures are not of the server"
+        )
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from aiortc.rtcrtpsender import RTCEncodedFrame
 
 from server.ice_guard import IceGuard
 from server.load_clip import ClipTrack, EncodedClip
-from server.load_figures import SessionFigures
+from server.load_figures import ServerClock, SessionFigures
 from server.reassembly import EncodedFrame, FrameOrder, PacketOrder, is_vp8_key_frame
 from server.rtp_receiver import MediaReceiver
 from server.settings import MediaSettings
@@ -127,11 +127,12 @@ class LoadClient:
         http: aiohttp.ClientSession,
         clip: EncodedClip,
         pool: Executor,
+        clock: ServerClock,
         *,
         decodes: bool,
     ) -> None:
         self.session = session
-        self.figures = SessionFigures()
+        self.figures = SessionFigures(clock)
         self.counters: Counter[str] = Counter()
         self.errors: list[str] = []
         self._base_url = base_url

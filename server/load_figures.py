@@ -92,8 +92,9 @@ class SentFrames:
 class SessionFigures:
     """What one session saw. Everything before `begin` counts only for the first picture."""
 
-    def __init__(self) -> None:
-        self.clock = ServerClock()
+    def __init__(self, clock: ServerClock) -> None:
+        """`clock` may be shared by all sessions of one server: the best sample of any serves all."""
+        self.clock = clock
         self.sent = SentFrames()
         self.losses: Counter[str] = Counter()
         """What these figures could not use, by reason."""
@@ -196,6 +197,8 @@ class SessionFigures:
         matched = self._restyled + self._camera
         undecided = [self._age_s(*picture) for picture in self._undecided]
         ages = [*self._ages, *(age_s for age_s in undecided if age_s is not None)]
+        unknown = undecided.count(None)
+        losses = self.losses + Counter(ages_unknown=unknown) if unknown else self.losses
         stats = self._stats or {}
         return {
             "seconds": round(seconds, DIGITS),
@@ -205,9 +208,13 @@ class SessionFigures:
             **self._deadlines(now),
             "ttff_s": self._since_offer(self._restyled_at),
             "server_ttff_s": _seconds(stats.get("ttff_ms")),
+            "server_ttff_stages_s": {
+                name.removesuffix("_ms") + "_s": _seconds(ms) for name, ms in stats.get("ttff", {}).items()
+            },
             "answer_s": self._since_offer(self._answered_at),
             "connect_s": self._since_offer(self._connected_at),
             **_quantiles("age", ages),
+            "clock_error_s": round(self.clock.best[0] / 2, DIGITS) if self.clock.best else None,
             **_quantiles("server_age", self._server_ages),
             **_quantiles("interval", self._intervals),
             "freezes": sum(gap > FREEZE_S for gap in gaps),
@@ -215,22 +222,26 @@ class SessionFigures:
             "agreed_fps": stats.get("agreed_fps"),
             "rung": stats.get("rung"),
             "notices": dict(self.notices),
-            "losses": dict(self.losses),
+            "losses": dict(losses),
         }
 
     def _deadlines(self, now: float) -> dict[str, Any]:
         before, after = self._stats_before, self._stats
         if before is None or after is None or self._begun_at is None:
-            return {"dmr": None, "due": 0, "late": 0, "dropped": {}}
+            return {"dmr": None, "due": 0, "late": 0, "dropped": {}, "rung_moves": {}}
         due, late = after["due"] - before["due"], after["late"] - before["late"]
-        dropped = Counter(after["dropped"])
-        dropped.subtract(before["dropped"])
-        lost = {reason: count for reason, count in dropped.items() if count}
+        lost = _risen(before["dropped"], after["dropped"])
         settled = due - (after.get("inside", 0) - before.get("inside", 0))
         missed = late + sum(lost.values())
         is_known = settled > 0 and now - self._stats_at <= STALE_S
         dmr = round(min(1.0, missed / settled), DIGITS) if is_known else None
-        return {"dmr": dmr, "due": due, "late": late, "dropped": lost}
+        return {
+            "dmr": dmr,
+            "due": due,
+            "late": late,
+            "dropped": lost,
+            "rung_moves": _risen(before.get("rung_moves", {}), after.get("rung_moves", {})),
+        }
 
     def _match(self, received_at: float, index: int, arrived_at: float, released_at: float, kind: int) -> None:
         if kind == RESTYLED and (self._restyled_at is None or received_at < self._restyled_at):
@@ -283,6 +294,11 @@ def _quantiles(name: str, values: Iterable[float]) -> dict[str, float | None]:
         f"{name}_p{round(100 * share)}_s": None if value is None else round(value, DIGITS)
         for share, value in found.items()
     }
+
+
+def _risen(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """By how much counters have risen, those that have."""
+    return {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
 
 
 def _seconds(ms: float | None) -> float | None:

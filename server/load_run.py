@@ -22,7 +22,7 @@ import psutil
 
 from server.load_client import LoadClient, Refusal
 from server.load_clip import EncodedClip, encode_clip
-from server.load_figures import fairness
+from server.load_figures import ServerClock, fairness
 from server.metrics import quantile
 from server.settings import WEB_DIR
 
@@ -108,6 +108,7 @@ class _Run:
         self._clip = clip
         self._pool = pool
         self._say = say
+        self._clock = ServerClock()
         self._clients: list[LoadClient] = []
         self._admitted: list[LoadClient] = []
         self._refusals: list[Refusal] = []
@@ -123,6 +124,7 @@ class _Run:
             client.figures.begin(begun_at)
         lag = _LoopLag()
         cpu_before_s = _cpu_s()
+        psutil.cpu_percent()  # begins its interval
         self._say(f"measuring for {self._job.seconds:g} s")
         while self._live() and not stop.is_set() and (left_s := begun_at + self._job.seconds - time.monotonic()) > 0:
             await _wait(stop, min(left_s, POLL_S))
@@ -131,6 +133,7 @@ class _Run:
         report["interrupted"] = stop.is_set()
         report["generator"] |= {
             "cpu_share_of_a_core": round((_cpu_s() - cpu_before_s) / (now - begun_at), 3) if now > begun_at else None,
+            "machine_cpu_share": round(psutil.cpu_percent() / 100, 3),
             **lag.stop(),
         }
         return report
@@ -149,7 +152,7 @@ class _Run:
                 due_at = began_at + job.ramp_s * number / job.sessions
                 await asyncio.sleep(max(0.0, due_at - time.monotonic()))
                 decodes = job.decode == "all" or (job.decode == "first" and number == 0)
-                client = LoadClient(number, job.url, self._http, self._clip, self._pool, decodes=decodes)
+                client = LoadClient(number, job.url, self._http, self._clip, self._pool, self._clock, decodes=decodes)
                 self._clients.append(client)
                 openings.append(asyncio.create_task(self._open_one(client)))
             await asyncio.gather(*openings)

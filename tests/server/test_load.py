@@ -93,7 +93,7 @@ def test_losses_on_the_way_up_are_told_from_a_queue() -> None:
 
 def seen(*, marks_first: bool = False) -> SessionFigures:
     """Two seconds at 10 fps: sent at n/10, arrived 10 ms later, released 50 ms later, received 20 ms after that."""
-    figures = SessionFigures()
+    figures = SessionFigures(ServerClock())
     figures.on_offer(-1.0)
     figures.on_answer(-0.9)
     figures.on_connected(-0.8)
@@ -118,20 +118,39 @@ def test_ages_join_pictures_and_marks_in_either_order(marks_first: bool) -> None
     found = seen(marks_first=marks_first).figures(2.05)
     assert found["age_p50_s"] == pytest.approx(0.08) and found["age_p99_s"] == pytest.approx(0.08)
     assert found["server_age_p95_s"] == pytest.approx(0.05)
+    assert found["clock_error_s"] == 0.005 and found["losses"] == {}
     assert found["fps"] == 10.0 and found["restyled_share"] == 0.75
     assert found["interval_p50_s"] == found["interval_p99_s"] == pytest.approx(0.1)
     assert found["ttff_s"] == pytest.approx(1.58) and found["answer_s"] == pytest.approx(0.1)
 
 
+def test_one_clock_serves_all_sessions_and_without_it_no_age_is_claimed() -> None:
+    clock = ServerClock()
+    mute = SessionFigures(clock)
+    mute.begin(0.0)
+    mute.sent.on_sent(0.5)
+    mute.on_picture(1, 0.8)
+    mute.on_marks([[1, 0, 1000.6, 1000.7, 1]])
+    found = mute.figures(1.0)
+    assert found["age_p50_s"] is None and found["losses"] == {"ages_unknown": 1} and found["server_age_p50_s"] == 0.1
+    clock.on_pong(1.0, 1.01, 1001.005)
+    mute.sent.on_sent(1.5)
+    mute.on_picture(2, 1.8)
+    mute.on_marks([[2, 1, 1001.6, 1001.7, 1]])
+    assert mute.figures(2.0)["age_p50_s"] == pytest.approx(0.3)
+
+
 def test_the_deadline_miss_rate_is_of_the_measured_time_and_of_settled_frames() -> None:
     figures = seen()
     after = STATS | {"due": 107, "inside": 3, "late": 6, "dropped": {"deadline": 3, "stale": 1}}
+    after |= {"rung_moves": {"down": 2, "up": 0}, "ttff": {"answer_ms": 20.0, "engine_ms": 301.0}}
     figures.on_stats(after, 2.0)
     figures.on_stats(STATS | {"due": 50}, 2.0)  # overtaken
     found = figures.figures(2.05)
     assert (found["due"], found["late"], found["dropped"]) == (102, 6, {"deadline": 3, "stale": 1})
     assert found["dmr"] == 0.1 and found["losses"] == {"stats_overtaken": 1}
-    assert found["server_ttff_s"] == 0.321
+    assert found["rung_moves"] == {"down": 2}
+    assert found["server_ttff_s"] == 0.321 and found["server_ttff_stages_s"] == {"answer_s": 0.02, "engine_s": 0.301}
     assert figures.figures(20.0)["dmr"] is None  # its figures stopped coming
 
 
@@ -141,14 +160,14 @@ def test_freezes_are_counted_and_the_silent_end_is_one() -> None:
     found = figures.figures(2.9)
     assert found["freezes"] == 1 and found["longest_gap_s"] == pytest.approx(0.72)
     assert figures.figures(3.9)["freezes"] == 2
-    nothing = SessionFigures()
+    nothing = SessionFigures(ServerClock())
     nothing.begin(0.0)
     found = nothing.figures(1.0)
     assert found["freezes"] == 1 and found["fps"] == 0.0 and found["dmr"] is found["age_p50_s"] is None
 
 
 def test_what_waits_for_its_other_half_is_bounded_and_counted() -> None:
-    figures = SessionFigures()
+    figures = SessionFigures(ServerClock())
     figures.begin(0.0)
     for number in range(2000):
         figures.on_picture(2 * number, number / 30)
@@ -230,6 +249,7 @@ def test_two_sessions_are_measured_and_the_third_is_refused_and_told_when_to_com
         # From end to end is longer than the server's part of it.
         assert 0 < session["server_age_p50_s"] < session["age_p50_s"] <= session["age_p95_s"]
         assert session["interval_p50_s"] <= session["interval_p95_s"] <= session["interval_p99_s"]
+    assert 0 <= report["generator"]["machine_cpu_share"] <= 1 and report["generator"]["cpu_share_of_a_core"] > 0
     assert 0 < report["fairness"]["share_min"] <= 1 <= report["fairness"]["share_max"]
     assert report["refused"] == 1 and report["refused_ms_max"] > 0
     refusal = report["refusals"][0]
