@@ -16,8 +16,8 @@ anything waits.
   in time at the upper quantile, of the stream that has had least of the device; one that comes too late anyway is shown
   only when nothing better waits, or when its stream has fallen PATIENCE_S of device time behind. So a stream that asks
   for less than its share gets all it asks for, whatever the others ask for.
-- **Micro-batch.** Other streams join while every chunk in the pass stays in time and a pass of one more costs at least
-  MIN_GAIN less for what it does.
+- **Micro-batch.** Other streams that can be in time join while every chunk in the pass stays so and a pass of one more
+  costs at least MIN_GAIN less for what it does.
 - **Chunk length.** Two chunks of a stream that wait may go as one of two latent frames, by the same two tests.
 - **Mode.** A stream of several steps may have them run beside those of its chunks before (`pipelined`), which saves
   forwards and costs a chunk period of delay for each step but one. It is chosen where that is no slower and the slack
@@ -193,10 +193,10 @@ class Scheduler:
     def pick(self, now: float) -> Picked:
         """The pass to run at `now`, in monotonic seconds, and the chunks given up on the way."""
         drops: list[Drop] = []
-        ranked, hopeful = self._rank(now, self._offers(now, drops))
+        ranked = self._rank(now, self._offers(now, drops))
         if not ranked:
             return Picked((), tuple(drops))
-        members, work = self._grow(now, ranked, hopeful)
+        members, work = self._grow(now, ranked)
         items = self._take(members, drops)
         self._charge(members, work)
         pipelined = frozenset(m.offer.stream.number for m in members if m.offer.stream.pipelined)
@@ -243,14 +243,14 @@ class Scheduler:
         else:
             stream.pipelined = slack_s >= ENTER_MARGIN * need_s
 
-    def _rank(self, now: float, offers: list[_Offer]) -> tuple[list[_Offer], bool]:
-        """The offers, best first, and whether the first can be in time."""
+    def _rank(self, now: float, offers: list[_Offer]) -> list[_Offer]:
+        """The offers, best first."""
         possible = [offer for offer in offers if now + offer.mean_s <= offer.due]
         if possible and self._all_fit(now, possible):
             if len(possible) == len(offers):
-                return possible, True
+                return possible
             lost = [offer for offer in offers if now + offer.mean_s > offer.due]
-            ranked, hopeful = possible + lost, True
+            ranked = possible + lost
         else:
             sure: list[_Offer] = []
             unsure: list[_Offer] = []
@@ -261,13 +261,13 @@ class Scheduler:
                     sure.append(better)
                 else:
                     (unsure if now + better.mean_s <= better.due else lost).append(better)
-            ranked, hopeful = [*_fairest(sure), *_fairest(unsure), *_fairest(lost)], bool(sure or unsure)
-        if lost and hopeful:
+            ranked = [*_fairest(sure), *_fairest(unsure), *_fairest(lost)]
+        if 0 < len(lost) < len(ranked):
             neglected = min(lost, key=lambda offer: (offer.stream.served_s, offer.due, offer.stream.number))
             if neglected.stream.served_s + PATIENCE_S < ranked[0].stream.served_s:
                 ranked.remove(neglected)
-                return [neglected, *ranked], False
-        return ranked, hopeful
+                return [neglected, *ranked]
+        return ranked
 
     def _all_fit(self, now: float, offers: Sequence[_Offer]) -> bool:
         """Whether all can be in time one after the other, as much cheaper as passes of several make them."""
@@ -296,7 +296,7 @@ class Scheduler:
 
     # --- what goes together
 
-    def _grow(self, now: float, ranked: Sequence[_Offer], hopeful: bool) -> tuple[list[_Member], Work]:
+    def _grow(self, now: float, ranked: Sequence[_Offer]) -> tuple[list[_Member], Work]:
         """The best offer, and whatever joins it in its pass."""
         members = [_Member(ranked[0])]
         work = _work(members, self._window)
@@ -304,7 +304,8 @@ class Scheduler:
         for offer in ranked[1:]:
             if len(members) >= self._micro_batch:
                 break
-            if offer.stream.small != ranked[0].stream.small or (hopeful and now + offer.mean_s > offer.due):
+            # One that is late anyway waits: the sooner the pass ends, the more of those that come are in time.
+            if offer.stream.small != ranked[0].stream.small or now + offer.mean_s > offer.due:
                 continue
             grown = [*members, _Member(offer)]
             together = _work(grown, self._window)

@@ -139,6 +139,11 @@ def test_nothing_joins_that_makes_a_pass_hardly_cheaper_for_each() -> None:
     assert streams(waiting(5.0, 5.0, 5.0, costs=real, micro_batch=4)) == [0, 1]
 
 
+def test_late_chunks_are_not_taken_together_so_that_the_device_is_free_sooner() -> None:
+    scheduler = waiting(0.1, 0.1, 0.1, costs=Line(constant_s=0.2, row_s=0.01), micro_batch=4)
+    assert [streams(scheduler) for _ in range(3)] == [[0], [1], [2]]
+
+
 def test_sizes_do_not_mix_and_steps_do() -> None:
     scheduler = Scheduler(Line(constant_s=0.2, forward_s=0.1, row_s=0.01), micro_batch=4, window=3)
     scheduler.open(0, steps=1)
