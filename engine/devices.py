@@ -92,6 +92,17 @@ class ChunkCosts:
         """The same with passes captured as graphs."""
         return replace(self, pass_s=self.pass_s * GRAPH_SHARE)
 
+    def times(self, factor: float) -> ChunkCosts:
+        """Of a device that takes so many times as long for all but hops."""
+        return replace(
+            self,
+            encode_s=self.encode_s * factor,
+            decode_s=self.decode_s * factor,
+            pass_s=self.pass_s * factor,
+            row_s=self.row_s * factor,
+            fixed_s=self.fixed_s * factor,
+        )
+
 
 def _gpu(name: str, title: str, tflops: float, tbytes: float, gigabytes: int, link: str, base: Device) -> Device:
     """A device scaled from a fitted one: what is bound by memory goes with its bandwidth, launches stay."""
@@ -159,8 +170,6 @@ DEVICES: dict[str, Device] = {
 # livebrush-tiny at 256x256 on one core of the machine it was developed on: 85 ms a chunk alone, of which encode and
 # decode 20; a common pass of four chunks is 1.1 times as fast as four passes (docs/engine.md, bench_engine.py).
 CPU_COSTS = ChunkCosts(encode_s=0.008, decode_s=0.012, blocks=1, pass_s=0.0103, row_s=0.0547, noise=0.08)
-# Times the above beside a browser that encodes and decodes video on the same cores: 126 ms.
-CPU_BESIDE_BROWSER = 126 / 85
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -213,21 +222,11 @@ def wan_costs(device: Device, model: str, width: int, height: int, *, vae: Vae =
     )
 
 
-def cpu_costs(width: int, height: int, *, slower: float = 1.0) -> ChunkCosts:
-    """Costs of livebrush-tiny on one core of the measured machine; other sizes in proportion to their pixels.
-
-    Args:
-        slower: times the measured cost, such as `CPU_BESIDE_BROWSER`.
-    """
-    share = slower * width * height / CPU_PIXELS
+def cpu_costs(width: int, height: int) -> ChunkCosts:
+    """Costs of livebrush-tiny on one core of the measured machine; other sizes in proportion to their pixels."""
+    share = width * height / CPU_PIXELS
     costs = CPU_COSTS
-    return replace(
-        costs,
-        encode_s=costs.encode_s * share,
-        decode_s=costs.decode_s * share,
-        pass_s=costs.pass_s * slower,
-        row_s=costs.row_s * share,
-    )
+    return replace(costs, encode_s=costs.encode_s * share, decode_s=costs.decode_s * share, row_s=costs.row_s * share)
 
 
 def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:

@@ -436,7 +436,7 @@ def simulate(
     workload: Workload,
     *,
     policy: Callable[[Costs, int], Policy] = our_policy,
-    micro_batch: int = 4,
+    micro_batch: int = 1,
 ) -> Outcome:
     """Our engine on these groups of ranks.
 

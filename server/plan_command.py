@@ -25,6 +25,8 @@ FITTED_SIZES = ((832, 480), (512, 512))
 # Of a device's memory, what is left to the driver and to fragments.
 MEMORY_SPARED = 0.1
 SATURATED_S = 60.0
+MIN_SLOWER, MAX_SLOWER = 0.1, 100.0
+MAX_MICRO_BATCH = 16
 
 
 def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
@@ -38,6 +40,7 @@ def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--size", metavar="WxH", help="in pixels (default: the model's own)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default: the model's own)")
     parser.add_argument("--vae", choices=("full", "light"), default="full", help="of a Wan model")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sessions one pass may take together (default: 1)")
     parser.add_argument("--sessions", type=int, help="cameras (default: one, and how many would be held)")
     parser.add_argument("--fps", type=float, default=16.0, help="of each camera (default: 16)")
     parser.add_argument(
@@ -48,6 +51,13 @@ def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="simulated (default: 20)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="measured costs of each device: JSON from doctor")
+    parser.add_argument(
+        "--slower",
+        type=float,
+        default=1.0,
+        metavar="TIMES",
+        help="what a chunk takes over what is known: 1.5 for cpu beside a browser on its cores (126 against 85 ms)",
+    )
     parser.add_argument("--as-published", action="store_true", help="the public implementation of StreamDiffusionV2")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="misses and frames a second over sessions")
@@ -64,6 +74,7 @@ class Setup:
     steps: int
     vae: Literal["full", "light"]
     as_published: bool
+    micro_batch: int
     costs: tuple[ChunkCosts, ...]
     fits: Callable[[int], int] | None
     basis: str
@@ -75,7 +86,7 @@ class Setup:
         if self.as_published:
             return simulate_published(self.costs, self.steps, workload)
         groups = arrange(self.costs, self.steps, workload, self.fits)
-        return simulate(groups, self.steps, workload)
+        return simulate(groups, self.steps, workload, micro_batch=self.micro_batch)
 
     def groups(self, workload: Workload) -> list[int]:
         """Devices of each copy of the model."""
@@ -151,6 +162,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     steps = (1 if model == CPU_MODEL else WAN_SERVING.steps) if options.steps is None else options.steps
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be 1 to {MAX_STEPS}, not {steps}")
+    if not 1 <= options.micro_batch <= MAX_MICRO_BATCH:
+        raise ValueError(f"micro-batch must be 1 to {MAX_MICRO_BATCH}, not {options.micro_batch}")
     vae = cast(Literal["full", "light"], options.vae)
     if options.as_published and (options.profile is not None or model == CPU_MODEL or vae == "light"):
         raise ValueError("--as-published is known for Wan models with their own VAE on GPUs, and without --profile")
@@ -167,6 +180,10 @@ def _setup(options: argparse.Namespace) -> Setup:
         basis = "; ".join(f"{name}: {DEVICES[name].basis}" for name in dict.fromkeys(devices))
         if (width, height) not in FITTED_SIZES:
             basis += f"; no figures are published for {width}x{height}"
+    if not MIN_SLOWER <= options.slower <= MAX_SLOWER:
+        raise ValueError(f"slower must be {MIN_SLOWER} to {MAX_SLOWER:g}, not {options.slower}")
+    if options.slower != 1:
+        costs, basis = [each.times(options.slower) for each in costs], f"{options.slower:g} times: {basis}"
     fits = None
     if options.profile is None and model != CPU_MODEL:
         fits = _memory(model, width, height, vae, min(DEVICES[name].memory_bytes for name in devices))
@@ -174,7 +191,9 @@ def _setup(options: argparse.Namespace) -> Setup:
             raise ValueError(
                 f"{model} at {width}x{height} does not fit into one of these devices, as each must hold it"
             )
-    return Setup(devices, model, width, height, steps, vae, options.as_published, tuple(costs), fits, basis)
+    return Setup(
+        devices, model, width, height, steps, vae, options.as_published, options.micro_batch, tuple(costs), fits, basis
+    )
 
 
 def _memory(

@@ -80,7 +80,8 @@ def compare(
     """The same cameras through each policy, on a device just so fast that they are this load."""
     workload = Workload(sessions, fps, budget_s, seconds, arrivals, first_frames=1)
     chunk_s = load * workload.period_s / sessions
-    costs = cpu_costs(256, 256, slower=chunk_s / cpu_costs(256, 256).mean_s(Work.of_chunk(1)))
+    costs = cpu_costs(256, 256)
+    costs = costs.times(chunk_s / costs.mean_s(Work.of_chunk(1)))
     return {
         name: simulate([split([costs], 1)], 1, workload, policy=policy, micro_batch=micro_batch)
         for name, policy in POLICIES.items()

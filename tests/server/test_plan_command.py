@@ -59,6 +59,12 @@ def test_given_sessions_are_simulated_together(capsys: pytest.CaptureFixture[str
     assert crowd["utilisation"][0] > 0.9 and "ms a chunk" in crowd["bottleneck"]
 
 
+def test_a_slower_device_renders_as_much_less(capsys: pytest.CaptureFixture[str]) -> None:
+    alone, slower = planned(capsys), planned(capsys, "--slower", "1.5")
+    assert slower["throughput_fps"] == pytest.approx(alone["throughput_fps"] / 1.5, rel=0.03)
+    assert slower["sessions_held"] < alone["sessions_held"] and slower["basis"].startswith("1.5 times: measured")
+
+
 def test_the_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert livebrush("--devices", "rtx4090:2", "--size", "512x512") == 0
     text = capsys.readouterr().out
@@ -98,6 +104,8 @@ def test_the_plot_is_an_svg_with_both_panels(tmp_path: Path, capsys: pytest.Capt
         (("--devices", "h100", "--steps", "9"), "steps must be 1 to 4, not 9"),
         (("--sessions", "0"), "sessions must be 1 to"),
         (("--fps", "0"), "fps must be 1 to 240"),
+        (("--micro-batch", "99"), "micro-batch must be 1 to 16"),
+        (("--slower", "0"), "slower must be 0.1 to 100"),
         (("--budget", "nan"), "budget must be 0.01 to 60 s"),
         (("--devices", "cpu", "--model", "wan2.1-14b"), "no times of wan2.1-14b on cpu"),
         (("--devices", "h100", "--model", "livebrush-tiny"), "--profile"),
