@@ -1,7 +1,7 @@
 # Each target sets up what it needs (scripts/setup): `make run` or `make test` is all a fresh machine takes.
 # ARGS is passed on, as in: make run ARGS="--port 9000"     make test ARGS="tests/engine -k vae"
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench train eval doctor clean
+.PHONY: help run test lint bench drills train eval doctor clean
 BIN := .venv/bin
 export PYTHON
 # torch's own threads only get in each other's way here (see docs/architecture.md).
@@ -29,6 +29,10 @@ bench:  ## measure this machine: the model by parts, the engine's passes, one pa
 	@echo "== the engine's passes: minutes of compiling"; $(BIN)/python tests/bench/bench_engine.py
 	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
 	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
+
+drills:  ## break it and watch: an engine four times slower in mid-stream, and well again
+	@scripts/setup test
+	@$(BIN)/python tests/bench/drill_slowdown.py $(ARGS)
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train

@@ -68,7 +68,7 @@ class ServerMetrics:
         self.age = Histogram(
             "livebrush_frame_age_seconds",
             "Camera frame's arrival to its release",
-            buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1, 2),
+            buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1, 2),
             registry=self.registry,
         )
         self.ttff_stage = Histogram(
