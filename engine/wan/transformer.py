@@ -302,15 +302,19 @@ class CausalTransformer(nn.Module):
         weight = self.patch_embed.weight[:, : pooled.shape[-1]]
         return functional.linear(pooled, weight)
 
-    def prompt_context(self, text_BLK: Tensor, mean_BK: Tensor | None = None) -> PromptContext:
+    def prompt_context(
+        self, text_BLK: Tensor, mean_BK: Tensor | None = None, layers: range | None = None
+    ) -> PromptContext:
         """Text keys and values of all layers; run once per prompt, not per chunk.
 
         Args:
             text_BLK: text encoder states, padded with zero rows to text_len.
             mean_BK: mean state over the true pieces; needed where the configuration has pooled_text.
+            layers: these alone, for `through`.
         """
         text_BLE = self.text_embed(text_BLK)
-        pairs = [block.cross_attn.keys_values(text_BLE) for block in self._blocks()]
+        blocks = self._blocks() if layers is None else self._blocks()[layers.start : layers.stop]
+        pairs = [block.cross_attn.keys_values(text_BLE) for block in blocks]
         pooled = None
         if self.pooled_embed is not None:
             if mean_BK is None:
@@ -335,18 +339,41 @@ class CausalTransformer(nn.Module):
 
         Returns: flow or source residual, as the configuration's `prediction` says; shape of noisy_BTCHW.
         """
-        frames, rows, columns = self.grid(noisy_BTCHW)
-        time_BE = self.time_embed(timestep_embedding(timestep_B, self.config.freq_dim).to(noisy_BTCHW.dtype))
-        if prompt.pooled is not None:
-            time_BE = time_BE + prompt.pooled
-        time_B6E = self.time_project(time_BE).view(-1, 6, self.config.dim)
+        grid = self.grid(noisy_BTCHW)
+        time_BE = self.time(timestep_B, prompt.pooled, noisy_BTCHW.dtype)
+        x_BNE = self.enter(noisy_BTCHW, source_BTCHW)
+        x_BNE = self.through(x_BNE, time_BE, prompt, attention, range(self.config.layers))
+        return self.leave(x_BNE, time_BE, grid, source_BTCHW)
+
+    # --- the parts of a pass, each of which may run on a device of its own
+
+    def time(self, timestep_B: Tensor, pooled_BE: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What all blocks and the head know of the noise level, and of the prompt as a whole [B, E]."""
+        time_BE: Tensor = self.time_embed(timestep_embedding(timestep_B, self.config.freq_dim).to(dtype))
+        return time_BE if pooled_BE is None else time_BE + pooled_BE
+
+    def enter(self, noisy_BTCHW: Tensor, source_BTCHW: Tensor | None) -> Tensor:
+        """Latents to the tokens that the first block takes [B, N, E]."""
         x_BTCHW = noisy_BTCHW if source_BTCHW is None else torch.cat((noisy_BTCHW, source_BTCHW), dim=2)
-        x_BNE = self.patch_embed(self._patchify(x_BTCHW))
-        for layer, modulation_B61E in enumerate(self._modulations(time_B6E)):
-            x_BNE = self.blocks[layer](x_BNE, modulation_B61E, layer, prompt, attention)
+        x_BNE: Tensor = self.patch_embed(self._patchify(x_BTCHW))
+        return x_BNE
+
+    def through(
+        self, x_BNE: Tensor, time_BE: Tensor, prompt: PromptContext, attention: Attention, layers: range
+    ) -> Tensor:
+        """Tokens through neighbouring blocks; prompt and attention hold these layers alone, the first of them at 0."""
+        if not layers:
+            return x_BNE
+        time_B6E = self.time_project(time_BE).view(-1, 6, self.config.dim)
+        for place, modulation_B61E in enumerate(self._modulations(time_B6E, layers)):
+            x_BNE = self.blocks[layers.start + place](x_BNE, modulation_B61E, place, prompt, attention)
+        return x_BNE
+
+    def leave(self, x_BNE: Tensor, time_BE: Tensor, grid: tuple[int, int, int], source_BTCHW: Tensor | None) -> Tensor:
+        """Tokens of the last block to what `forward` returns."""
         shift, scale = (self.head_modulation + time_BE[:, None]).unsqueeze(2).unbind(1)
         x_BNE = self.head(_modulate(x_BNE, shift, 1 + scale, self.config.eps))
-        out = self._unpatchify(x_BNE, frames, rows, columns)
+        out = self._unpatchify(x_BNE, *grid)
         return out if self.refine is None else self.refine(out, source_BTCHW, time_BE)
 
     def forward_clip(
@@ -382,12 +409,12 @@ class CausalTransformer(nn.Module):
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    def _modulations(self, time_B6E: Tensor) -> tuple[Tensor, ...]:
+    def _modulations(self, time_B6E: Tensor, layers: range) -> tuple[Tensor, ...]:
         """Shift, scale and gate of both halves of every block, [B, 6, 1, E] each, with 1 added to the scales.
 
-        For all blocks at once: four launches fewer in each.
+        For all these blocks at once: four launches fewer in each.
         """
-        tables_L6E = torch.stack([block.modulation for block in self._blocks()])
+        tables_L6E = torch.stack([block.modulation for block in self._blocks()[layers.start : layers.stop]])
         modulation_LB61E = (tables_L6E[:, None] + time_B6E).unsqueeze(3)
         modulation_LB61E[:, :, 1::3] += 1
         return modulation_LB61E.unbind(0)
