@@ -18,6 +18,7 @@ class ServerError(Exception):
     status = 500
     code = "internal"
     retryable = False
+    headers: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -41,6 +42,13 @@ class BadRequest(ServerError):
     status, code = 400, "bad_request"
 
 
+class Unauthorized(ServerError):
+    """The token is missing or wrong."""
+
+    status, code = 401, "unauthorized"
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
+
+
 class Forbidden(ServerError):
     """The request comes from where none is accepted."""
 
@@ -51,6 +59,18 @@ class NotFound(ServerError):
     """No such thing, or no longer."""
 
     status, code = 404, "not_found"
+
+
+class Conflict(ServerError):
+    """Somebody else has it."""
+
+    status, code, retryable = 409, "conflict", True
+
+
+class PreconditionFailed(ServerError):
+    """The request is about a state that is no more (If-Match)."""
+
+    status, code = 412, "precondition_failed"
 
 
 class TooLarge(ServerError):
@@ -93,7 +113,7 @@ def problem(error: ServerError) -> web.Response:
     """The `application/problem+json` answer of an error, with Retry-After where one is known."""
     body: dict[str, object] = {"code": error.code, "message": str(error), "retryable": error.retryable}
     body |= error.details
-    headers = {}
+    headers = dict(error.headers)
     if error.retry_after_s is not None:
         body["retry_after_s"] = round(error.retry_after_s, 1)
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -13,14 +13,25 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import av
-from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCRtpTransceiver, RTCSessionDescription
+from aiortc import (
+    RTCConfiguration,
+    RTCDtlsTransport,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCRtpSender,
+    RTCRtpTransceiver,
+    RTCSessionDescription,
+)
 from aiortc.codecs import get_capabilities
 from aiortc.exceptions import OperationError
+from aiortc.mediastreams import MediaStreamError
 from aiortc.sdp import candidate_from_sdp
 
 from server.channels import MAX_BUFFERED_BYTES, Channels, walled
+from server.codecs import accept_h264_profiles
 from server.decoding import Picture
 from server.egress import DelayedAudio, OutgoingVideo
 from server.errors import BadRequest, ServerError, Unsupported
@@ -38,7 +49,7 @@ from server.sdp_gate import (
 from server.sender import AudioSender, VideoSender
 from server.settings import MediaSettings
 
-__all__ = ["CameraFrame", "FrameMark", "OutgoingFrame", "Peer", "PeerGone", "answer_offer"]
+__all__ = ["CameraFrame", "Feed", "FrameMark", "OutgoingFrame", "Peer", "PeerGone", "answer_offer"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +60,8 @@ WATCH_S = 1.0
 POOL_THREADS = 2
 CODECS = {"video": ("video/VP8", "video/H264", "video/rtx"), "audio": ("audio/opus",)}
 
+accept_h264_profiles()
+
 
 class PeerGone(Exception):
     """The peer left; for callers that end a task group with it. No method of Peer raises it by itself."""
@@ -58,10 +71,18 @@ class PeerGone(Exception):
         self.reason = reason
 
 
-class Peer:
-    """A connected (or connecting) browser. Made by `answer_offer` only."""
+class Feed(Protocol):
+    """Where the tracks of a viewer come from."""
 
-    def __init__(self, offer: Offer, settings: MediaSettings) -> None:
+    def sender(self, kind: str, transport: RTCDtlsTransport) -> RTCRtpSender:
+        """The sender of one media section."""
+        ...
+
+
+class Peer:
+    """A connected (or connecting) browser or encoder. Made by `answer_offer` only."""
+
+    def __init__(self, offer: Offer, settings: MediaSettings, *, publishes: bool = False, feed: Feed | None = None):
         self.answer_sdp = ""
         """The answer, all candidates of this server included."""
         self.video_delay_s = 0.0
@@ -71,6 +92,8 @@ class Peer:
         self._counters: Counter[str] = Counter(candidates_refused=offer.candidates_refused)
         self._offer = offer
         self._settings = settings
+        self._publishes = publishes
+        self._feed = feed
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="peer-codec")
         self._guard = IceGuard(self._counters)
         self._channels = Channels(self._counters)
@@ -107,6 +130,21 @@ class Peer:
             await self._slot_changed.wait()
         frame, self._slot = self._slot, None
         return frame
+
+    async def next_sound(self) -> av.AudioFrame | None:
+        """Wait for sound that is due beside the picture (`video_delay_s`); None once the peer is gone.
+
+        For a peer that publishes; for others the sound goes back by itself.
+        """
+        try:
+            return await self._sound.recv()
+        except MediaStreamError:
+            return None
+
+    @property
+    def last_packet_at(self) -> float:
+        """Monotonic seconds: the last datagram of the peer, or its offer."""
+        return self._guard.last_packet_at
 
     def send_frame(self, frame: OutgoingFrame) -> None:
         """Hand a picture to the encoder: this instant becomes its RTP timestamp. Never waits, never raises.
@@ -191,7 +229,7 @@ class Peer:
     def _install(self, transceiver: RTCRtpTransceiver) -> None:
         """Put our receiver and sender in the place of the stock ones; aiortc has no factory for them."""
         kind, transport = transceiver.kind, transceiver.receiver.transport
-        sender: VideoSender | AudioSender
+        sender: RTCRtpSender
         deliver: Callable[[Picture, float], None]
         if kind == "video":
             sender = self._video_sender = VideoSender(
@@ -201,6 +239,8 @@ class Peer:
         else:
             sender = AudioSender(self._sound, transport, self._pool)
             deliver, ended = self._take_sound, self._sound.stop
+        if self._feed is not None:
+            sender = self._feed.sender(kind, transport)
         receiver = MediaReceiver(kind, transport, self._pool, self._settings, self._counters, deliver, ended)
         sender._stream_id = transceiver.sender._stream_id  # one stream: the browser keeps them in step
         receiver._set_rtcp_ssrc(sender._ssrc)
@@ -212,6 +252,10 @@ class Peer:
         )
         if kind == "audio" and not self._settings.audio:
             transceiver.direction = "inactive"
+        elif self._publishes:
+            transceiver.direction = "recvonly"
+        elif self._feed is not None:
+            transceiver.direction = "sendonly"
 
     def _collect(self) -> None:
         """Keep the tasks in which the connection connects: aiortc forgets them, and close would leave them."""
@@ -309,15 +353,21 @@ class Peer:
 
 
 @asynccontextmanager
-async def answer_offer(offer_sdp: str, settings: MediaSettings) -> AsyncIterator[Peer]:
+async def answer_offer(
+    offer_sdp: str, settings: MediaSettings, *, publishes: bool = False, feed: Feed | None = None
+) -> AsyncIterator[Peer]:
     """Answer an offer and hold the connection open for the body of the `async with`.
 
     The answer is complete on entry, the connection usually not; `wait_until_gone` says `never_connected` when it
     is not up `settings.connect_timeout_s` later. On exit everything is closed: no task, thread or socket stays.
 
+    Args:
+        publishes: nothing is sent back to this peer.
+        feed: this peer only watches, what comes from there.
+
     Raises: BadRequest, Unsupported or TooLarge, on entry, if the offer cannot be answered; nothing else.
     """
-    peer = Peer(check_offer(offer_sdp), settings)
+    peer = Peer(check_offer(offer_sdp, watches=feed is not None), settings, publishes=publishes, feed=feed)
     try:
         await _negotiated(peer)
         yield peer
@@ -333,7 +383,9 @@ async def _negotiated(peer: Peer) -> None:
     except ServerError:
         raise
     except OperationError as error:
-        raise Unsupported("no common codec: offer VP8 or H.264 (baseline) video and Opus audio") from error
+        raise Unsupported(
+            "no common codec: offer VP8, or H.264 with packetization-mode 1 (Baseline, Main or High), and Opus"
+        ) from error
     except TimeoutError as error:
         raise BadRequest(f"the offer could not be answered in {NEGOTIATION_TIMEOUT_S:g} s") from error
     except Exception as error:  # the wall: 1500 mutated offers raised seven kinds of exception

@@ -17,7 +17,7 @@ from engine.api import EngineState, StreamParams
 from server.admission import Stays, free_seats, seats
 from server.errors import Full, NotFound, ServerError, ShuttingDown
 from server.ladder import Ladder, Rung, Signals
-from server.session import Session, SessionContext
+from server.session import Outlet, Session, SessionContext
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,12 @@ class SessionRegistry:
         transition_s: float = 0.0,
         bypass: bool = False,
         own_class: str = "",
+        outlet: Outlet | None = None,
     ) -> Session:
         """Open a session for an offer; returns once it has its answer. Its seat is taken from this call on.
 
         own_class: for `ServerSettings.reserved_seats`.
+        outlet: where the pictures go if not back to the peer.
         Raises: Full with a retry time, ShuttingDown, or what the session raises for a broken offer. The seat is
             given back on every failure.
         """
@@ -113,7 +115,13 @@ class SessionRegistry:
             self._ladder = self._new_ladder(params.steps)
         session_id = secrets.token_urlsafe(16)
         session = Session(
-            session_id, self._context, params, fps=self.rung.fps, transition_s=transition_s, bypass=bypass
+            session_id,
+            self._context,
+            params,
+            fps=self.rung.fps,
+            transition_s=transition_s,
+            bypass=bypass,
+            outlet=outlet,
         )
         self._sessions[session_id] = session
         self._classes[session_id] = own_class

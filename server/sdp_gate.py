@@ -46,8 +46,10 @@ class Offer:
     candidates_refused: int
 
 
-def check_offer(sdp: str) -> Offer:
+def check_offer(sdp: str, *, watches: bool = False) -> Offer:
     """Check the text of an offer against the limits of this server.
+
+    watches: the offer is one of a viewer, who sends nothing.
 
     Raises: TooLarge, over a bound; BadRequest, if it is no SDP or lacks what WebRTC needs; Unsupported, if it is
         well formed and asks for something else than one camera, one microphone and data channels.
@@ -59,7 +61,7 @@ def check_offer(sdp: str) -> Offer:
     for section in sections[1:]:
         _check_section(sections[0] + section)
     primary_mid = _check_bundle(sections)
-    _check_video(sections[1 + kinds.index("video")])
+    _check_video(sections[1 + kinds.index("video")], watches=watches)
     kept = _without_refused_candidates(lines)
     refused = sum(line.startswith("a=candidate:") for line in lines) - sum(
         line.startswith("a=candidate:") for line in kept
@@ -183,8 +185,10 @@ def _check_bundle(sections: list[list[str]]) -> str:
     return groups[0][0]
 
 
-def _check_video(section: list[str]) -> None:
-    if any(line in ("a=recvonly", "a=inactive") for line in section):
+def _check_video(section: list[str], *, watches: bool) -> None:
+    if watches and any(line in ("a=sendonly", "a=inactive") for line in section):
+        raise Unsupported("the video section receives nothing; offer it recvonly to watch a stream")
+    if not watches and any(line in ("a=recvonly", "a=inactive") for line in section):
         raise Unsupported("the video section sends nothing; add the camera track before the offer is made")
     if "a=rtcp-mux" not in section:
         raise Unsupported("the video section does not offer rtcp-mux")

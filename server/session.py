@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from engine.api import (
     Engine,
@@ -33,6 +34,7 @@ from engine.api import (
 from engine.config import MAX_STEPS
 from server import control
 from server.acks import Ack, AckBook
+from server.frames import OutgoingFrame
 from server.ingest import ChunkAssembler, RateGate, to_rgb
 from server.ladder import Rung
 from server.metrics import ServerMetrics, SessionMetrics
@@ -92,6 +94,18 @@ class SessionContext:
     style_names: Mapping[str, str] = field(default_factory=dict)
 
 
+class Outlet(Protocol):
+    """Where the pictures of a session go that are not for its own peer."""
+
+    def push(self, frame: OutgoingFrame) -> None:
+        """Release a picture; never waits, never raises."""
+        ...
+
+    async def serve(self, peer: Peer) -> None:
+        """Runs beside the session's tasks, for what else there is to carry; cancelled at the session's end."""
+        ...
+
+
 class Session:
     """One peer's tasks. `run` serves until the peer leaves; `answered` resolves to the SDP answer."""
 
@@ -104,6 +118,7 @@ class Session:
         fps: float,
         transition_s: float = 0.0,
         bypass: bool = False,
+        outlet: Outlet | None = None,
     ) -> None:
         self.id = session_id
         self.params = params
@@ -112,6 +127,7 @@ class Session:
         self.rung = Rung(context.steps_max, small=False, fps=fps)
         self.answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._context = context
+        self._outlet = outlet
         self._clock = context.clock
         self.metrics = SessionMetrics(context.metrics, self._clock(), context.settings.latency_budget_s)
         self.peer: Peer | None = None
@@ -145,7 +161,8 @@ class Session:
 
         Raises: ServerError when the offer cannot be answered.
         """
-        async with answer_offer(offer_sdp, self._context.settings.media) as peer:
+        media, publishes = self._context.settings.media, self._outlet is not None
+        async with answer_offer(offer_sdp, media, publishes=publishes) as peer:
             self.peer = peer
             self.metrics.on_stage("answer", self._clock())
             self.answered.set_result(peer.answer_sdp)
@@ -166,6 +183,8 @@ class Session:
             async with asyncio.TaskGroup() as tasks:
                 for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
                     tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
+                if self._outlet is not None:
+                    tasks.create_task(self._outlet.serve(peer), name=f"{self.id}/outlet")
         except* PeerGone as gone:
             reason = _first_reason(gone)
         return reason
@@ -407,7 +426,10 @@ class Session:
     def _release(self, peer: Peer, picture: Picture) -> None:
         now = self._clock()
         frame = self._presenter.present(picture)
-        peer.send_frame(frame)
+        if self._outlet is None:
+            peer.send_frame(frame)
+        else:
+            self._outlet.push(frame)
         self.metrics.on_release(now, picture.index, picture.arrived_at, restyled=frame.kind == RESTYLED)
         peer.video_delay_s += AUDIO_DELAY_SMOOTHING * (now - picture.arrived_at - peer.video_delay_s)
         if picture.restyled is not None:
@@ -454,6 +476,23 @@ class Session:
                 self.peer.send_control(control.encode("pong", id=message.id, t_ms=message.t_ms, server_s=self._clock()))
             case control.Bye():
                 raise PeerGone("goodbye")
+
+    def restyle(self, change: control.ParamsChange, bypass: bool | None = None) -> None:
+        """Change what is given, from outside the control channel; the next chunk has it.
+
+        Raises: ControlError for more steps than the model has timesteps for; nothing is changed then.
+        """
+        control.check_steps(change, self._context.steps_max)
+        self._change(change)
+        if self._stream is not None:
+            self._stream.update(self._engine_params())
+        if bypass is not None:
+            self._presenter.bypass = bypass
+
+    @property
+    def bypass(self) -> bool:
+        """Whether the camera is shown in the place of the restyled picture."""
+        return self._presenter.bypass
 
     def _change(self, change: control.ParamsChange) -> None:
         if change.transition_s is not None:

@@ -6,7 +6,7 @@ import ipaddress
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from engine.config import MAX_STEPS, EngineSettings
 
@@ -55,6 +55,16 @@ class ServerSettings(BaseModel):
         default=("localhost", "127.0.0.1", "[::1]"),
         description="names in the Host header that are answered; add the one of your HTTPS proxy",
     )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="other pages, as https://name:port, that may publish and watch by WHIP and WHEP; with a whip_token"
+        " any page may that knows it",
+    )
+    whip_token: SecretStr | None = Field(
+        default=None,
+        description="bearer token asked of who publishes, watches or restyles a WHIP stream; none by default",
+    )
+    max_viewers: PositiveInt = Field(default=16, description="WHEP viewers of all streams together")
     web_dir: Path = WEB_DIR
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -14,20 +13,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.api import EngineState, StreamParams
+from server.bodies import MAX_BODY_BYTES, read_body
 from server.catalogue import model_name
 from server.control import ControlError, ParamsChange, TokenBucket, check_steps
-from server.errors import BadRequest, Forbidden, ServerError, TooLarge, TooManyRequests, WrongMediaType, problem
+from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests, problem
 from server.registry import SessionRegistry
 from server.session import SessionContext
+from server.whip import StreamChange, Whip
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 48 * 1024
 MAX_CANDIDATES = 24
 MAX_CLASS_CHARS = 32
 OFFERS_PER_S = 2.0
 OFFERS_BURST = 30
-BODY_TIMEOUT_S = 10.0
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob: mediastream:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
@@ -69,11 +68,13 @@ class Signalling:
         self._context = context
         self._registry = registry
         self._styles = styles
+        self._whip = Whip(context, registry)
         self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
 
     def application(self) -> web.Application:
         """The aiohttp application with every route."""
         app = web.Application(middlewares=[self._wall], client_max_size=MAX_BODY_BYTES)
+        self._whip.add_to(app)
         offer = "/api/v1/webrtc/offer"
         app.add_routes(
             [
@@ -88,6 +89,9 @@ class Signalling:
                 web.patch(offer + "/{id}", self._trickle),
                 web.delete(offer + "/{id}", self._delete),
                 web.post(offer + "/{id}/close", self._delete),
+                web.get("/api/v1/streams", self._list_streams),
+                web.patch("/api/v1/streams/{stream}", self._restyle_stream),
+                web.options("/api/v1/streams/{stream}", self._preflight),
                 web.get("/", self._page),
                 web.static("/", self._context.settings.web_dir),
             ]
@@ -102,7 +106,7 @@ class Signalling:
             self._check_origin(request)
             return await handler(request)
         except ServerError as error:
-            if request.path.endswith("/offer"):
+            if request.method == "POST" and not request.path.endswith("/close"):
                 self._context.metrics.refused.labels(error.code).inc()
             return problem(error)
         except web.HTTPException as error:
@@ -121,7 +125,7 @@ class Signalling:
         if host not in allowed:
             raise Forbidden(f"host {host!r} is not one of {', '.join(allowed)}; add it to allowed_hosts")
         origin = request.headers.get("Origin")
-        if origin is not None and origin.split("://", 1)[-1] != request.host:
+        if origin is not None and origin.split("://", 1)[-1] != request.host and not self._whip.admits(request):
             raise Forbidden("requests from other origins are refused")
 
     # --- health
@@ -229,6 +233,20 @@ class Signalling:
         await self._registry.close(request.match_info["id"])
         return web.Response(status=204)
 
+    # --- streams
+
+    async def _list_streams(self, request: web.Request) -> web.Response:
+        self._whip.authorize(request)
+        return web.json_response({"streams": self._whip.streams()})
+
+    async def _restyle_stream(self, request: web.Request) -> web.Response:
+        self._whip.authorize(request)
+        change = await _read(request, StreamChange)
+        return web.json_response(self._whip.restyle(request.match_info["stream"], change))
+
+    async def _preflight(self, request: web.Request) -> web.Response:
+        return web.Response(headers={"Allow": "OPTIONS, PATCH"})
+
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
@@ -239,15 +257,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 async def _read(request: web.Request, model: type[Body]) -> Body:
     """The JSON body as `model`. Raises WrongMediaType, TooLarge or BadRequest, each naming the bound."""
-    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
-        raise WrongMediaType(f"send plain application/json, not {request.content_type}")
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise TooLarge(f"the body is over {MAX_BODY_BYTES} bytes; an offer of a browser has about 6,000") from None
-    except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+    raw = await read_body(request, "application/json")
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:

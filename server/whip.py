@@ -1,0 +1,515 @@
+"""WHIP in (RFC 9725) and WHEP out: a stream by its name, one publisher, many viewers (docs/whip.md).
+
+    OBS -> POST /whip/{stream} -> a session as any other, with a Broadcast as outlet -> POST /whep/{stream} <- players
+
+What is published goes through the same admission, ladder, engine and pacer as a page's camera.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from engine.api import StreamParams
+from server.bodies import read_body
+from server.broadcast import Broadcast, Feed
+from server.control import ControlError, ParamsChange, TokenBucket, check_steps, shown_params
+from server.errors import (
+    BadRequest,
+    Conflict,
+    Full,
+    NotFound,
+    PreconditionFailed,
+    ServerError,
+    ShuttingDown,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unsupported,
+)
+from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
+from server.registry import RETRY_AFTER_S, SessionRegistry
+from server.sdp_gate import MAX_BYTES, check_offer
+from server.session import Session, SessionContext
+
+log = logging.getLogger(__name__)
+
+SDP = "application/sdp"
+FRAGMENT = "application/trickle-ice-sdpfrag"
+STREAM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CODEC = re.compile(r"^a=rtpmap:\d+ ([A-Za-z0-9.+-]+)/90000\s*$", re.MULTILINE)
+PLAYABLE = {"VP8", "H264"}
+# Not pictures by themselves.
+AUXILIARY = {"RTX", "RED", "ULPFEC", "FLEXFEC-03"}
+OFFERS_PER_S = 2.0
+OFFERS_BURST = 30
+# A publisher from whom nothing came for so long makes way for another: OBS comes back before its old peer times out.
+SILENT_S = 3.0
+# Viewers stay so long for a publisher that comes back.
+RETURN_S = 30.0
+TICK_S = 0.5
+CLOSE_TIMEOUT_S = 5.0
+NOT_LIVE_RETRY_S = 2.0
+TAKEN_RETRY_S = 5.0
+VIEWERS_FULL_RETRY_S = 10.0
+PUBLISHER_CLASS = "publisher"
+URL_PARAMS = ("prompt", "strength", "steps", "seed", "transition_s", "bypass")
+EXPOSED_HEADERS = "Location, Link, ETag, Retry-After, Accept-Post, Accept-Patch, WWW-Authenticate"
+
+
+class StreamChange(ParamsChange):
+    """Body of PATCH /api/v1/streams/{stream}, and what the URL of a publisher may say."""
+
+    bypass: bool | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Viewer:
+    """One WHEP session."""
+
+    id: str
+    ufrag: str
+    feed: Feed
+    answered: asyncio.Future[str]
+    peer: Peer | None = None
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """One published stream. gone_at: since when nobody publishes, monotonic seconds; None while somebody does."""
+
+    name: str
+    broadcast: Broadcast
+    session: Session | None = None
+    ufrag: str = ""
+    arriving: bool = False
+    gone_at: float | None = None
+    viewers: dict[str, Viewer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A trickle-ice-sdpfrag body (RFC 8840). ufrag: empty where it names none."""
+
+    ufrag: str
+    candidates: list[dict[str, object]]
+
+
+class Whip:
+    """The streams of a server and the handlers of WHIP and WHEP."""
+
+    def __init__(self, context: SessionContext, registry: SessionRegistry) -> None:
+        self._context = context
+        self._registry = registry
+        self._streams: dict[str, Stream] = {}
+        self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
+        self._closing = False
+        self._tick_task: asyncio.Task[None] | None = None
+
+    def add_to(self, app: web.Application) -> None:
+        """Add the routes, and the start and the end of what stands behind them."""
+        for path in ("/whip/{stream}", "/{stream}/whip"):
+            app.router.add_route("*", path, self._whip_endpoint)
+        for path in ("/whep/{stream}", "/{stream}/whep"):
+            app.router.add_route("*", path, self._whep_endpoint)
+        app.router.add_route("*", "/whip/{stream}/{id}", self._resource)
+        app.router.add_route("*", "/whep/{stream}/{id}", self._resource)
+        app.on_startup.append(self._start)
+        app.on_shutdown.append(self._close)
+        app.on_response_prepare.append(self._add_cors)
+
+    # --- who may ask
+
+    def admits(self, request: web.Request) -> bool:
+        """Whether a page of another origin may ask this."""
+        if not _is_ours(request):
+            return False
+        # A preflight reveals nothing; without the CORS header its page goes no further.
+        return request.method == "OPTIONS" or self._allowed_origin(request) is not None
+
+    def authorize(self, request: web.Request) -> None:
+        """Raises Unauthorized unless the request has the token, if there is one."""
+        token = self._context.settings.whip_token
+        if token is None:
+            return
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthorized("send the header Authorization: Bearer <token>; in OBS, fill in Bearer Token")
+        if not hmac.compare_digest(given.strip().encode(), token.get_secret_value().encode()):
+            raise Unauthorized("the bearer token is not the one of this server (setting whip_token)")
+
+    def _allowed_origin(self, request: web.Request) -> str | None:
+        """Value of Access-Control-Allow-Origin; None for a page that may not ask."""
+        origin = request.headers.get("Origin")
+        if origin in self._context.settings.allowed_origins:
+            return origin
+        return "*" if self._context.settings.whip_token is not None else None
+
+    async def _add_cors(self, request: web.Request, response: web.StreamResponse) -> None:
+        if not _is_ours(request) or "Origin" not in request.headers:
+            return
+        response.headers["Vary"] = "Origin"
+        response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+        if (origin := self._allowed_origin(request)) is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+        if request.method == "OPTIONS":
+            response.headers["Access-Control-Allow-Methods"] = "OPTIONS, GET, HEAD, POST, PATCH, DELETE"
+            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, If-Match"
+            response.headers["Access-Control-Max-Age"] = "600"
+
+    # --- endpoints
+
+    async def _whip_endpoint(self, request: web.Request) -> web.Response:
+        _stream_name(request)
+        match request.method:
+            case "OPTIONS":
+                return web.Response(headers={"Accept-Post": SDP, "Allow": "OPTIONS, GET, HEAD, POST"})
+            case "GET" | "HEAD":
+                return web.Response(status=204)
+            case "POST":
+                self.authorize(request)
+                return await self._publish(request)
+        raise _not_allowed(request, "OPTIONS, GET, HEAD, POST")
+
+    async def _whep_endpoint(self, request: web.Request) -> web.Response:
+        _stream_name(request)
+        match request.method:
+            case "OPTIONS":
+                return web.Response(headers={"Accept-Post": SDP, "Allow": "OPTIONS, GET, HEAD, POST"})
+            case "GET" | "HEAD":
+                return web.Response(content_type=SDP)
+            case "POST":
+                self.authorize(request)
+                return await self._view(request)
+        raise _not_allowed(request, "OPTIONS, GET, HEAD, POST")
+
+    async def _resource(self, request: web.Request) -> web.Response:
+        if request.method == "OPTIONS":
+            return web.Response(headers={"Accept-Patch": FRAGMENT, "Allow": "OPTIONS, GET, HEAD, PATCH, DELETE"})
+        if request.method not in ("GET", "HEAD", "PATCH", "DELETE"):
+            raise _not_allowed(request, "OPTIONS, GET, HEAD, PATCH, DELETE")
+        self.authorize(request)
+        ufrag, viewer = self._find(request)
+        session_id = request.match_info["id"]
+        if request.method == "DELETE":
+            if viewer is not None:
+                await self._end([viewer])
+            else:
+                await self._registry.close(session_id)
+            return web.Response(status=200)
+        if request.method == "PATCH":
+            await self._trickle(request, ufrag, viewer.peer if viewer else self._registry.get(session_id).peer)
+        return web.Response(status=204)
+
+    def _find(self, request: web.Request) -> tuple[str, Viewer | None]:
+        """The ufrag of the offer, and the viewer if it is one, of a session's URL. Raises NotFound."""
+        name, session_id = _stream_name(request), request.match_info["id"]
+        stream = self._streams.get(name)
+        if stream is not None and request.path.startswith("/whep/"):
+            viewer = stream.viewers.get(session_id)
+            if viewer is not None:
+                return viewer.ufrag, viewer
+        elif stream is not None and (session := self._publisher(stream)) and session.id == session_id:
+            return stream.ufrag, None
+        raise NotFound("no such session: it has ended; POST a new offer", code="session_gone")
+
+    async def _trickle(self, request: web.Request, ufrag: str, peer: Peer | None) -> None:
+        """Take candidates. What is not usable is left out in silence, as the RFC has it."""
+        text = (await read_body(request, FRAGMENT)).decode(errors="replace")
+        fragment = parse_fragment(text)
+        if fragment.ufrag and fragment.ufrag != ufrag:
+            raise Unsupported(
+                "an ICE restart is not supported; DELETE this session and POST a new offer", code="no_ice_restart"
+            )
+        expected = request.headers.get("If-Match", "*").strip()
+        if expected not in ("*", _etag(request.match_info["id"])):
+            raise PreconditionFailed(f"If-Match {expected[:80]} is not the ETag of this session's ICE")
+        if peer is not None:
+            await peer.add_candidates(fragment.candidates)
+
+    # --- publishing
+
+    async def _publish(self, request: web.Request) -> web.Response:
+        name = _stream_name(request)
+        offer_sdp = await self._read_offer(request, watches=False)
+        change = self._url_params(request.query)
+        stream = self._streams.get(name)
+        if stream is None:
+            broadcast = Broadcast(self._context.settings.media, self._context.executor)
+            stream = self._streams[name] = Stream(name, broadcast, gone_at=self._context.clock())
+        if stream.arriving:
+            raise _taken(name)
+        stream.arriving = True
+        try:
+            await self._make_way(stream)
+            stream.session = session = await self._registry.answer(
+                offer_sdp,
+                change.applied_to(StreamParams(steps=self._context.settings.steps)),
+                transition_s=change.transition_s or 0.0,
+                bypass=bool(change.bypass),
+                own_class=PUBLISHER_CLASS,
+                outlet=stream.broadcast,
+            )
+        finally:
+            stream.arriving = False
+        stream.ufrag, stream.gone_at = _ufrag(offer_sdp), None
+        return self._created(f"/whip/{name}/{session.id}", session.id, session.answered.result())
+
+    async def _make_way(self, stream: Stream) -> None:
+        """Raises Conflict while somebody publishes; one who has fallen silent is ended."""
+        session = self._publisher(stream)
+        if session is None:
+            return
+        if session.peer is None or self._context.clock() - session.peer.last_packet_at < SILENT_S:
+            raise _taken(stream.name)
+        log.info("stream %s: its publisher fell silent and makes way for another", stream.name)
+        await self._registry.close(session.id)
+
+    def _publisher(self, stream: Stream) -> Session | None:
+        """The session that publishes a stream now."""
+        if stream.session is None:
+            return None
+        try:
+            return self._registry.get(stream.session.id)
+        except NotFound:
+            return None
+
+    def _url_params(self, query: Mapping[str, str]) -> StreamChange:
+        """Raises BadRequest, naming the parameter and its bound."""
+        if unknown := [name for name in query if name not in URL_PARAMS]:
+            raise BadRequest(f"unknown parameter {unknown[0][:40]!r} in the URL; there are {', '.join(URL_PARAMS)}")
+        try:
+            change = StreamChange.model_validate_strings(dict(query), strict=False)
+            check_steps(change, self._context.steps_max)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        except ControlError as error:
+            raise BadRequest(str(error)) from error
+        return change
+
+    # --- watching
+
+    async def _view(self, request: web.Request) -> web.Response:
+        name = _stream_name(request)
+        offer_sdp = await self._read_offer(request, watches=True)
+        stream = self._streams.get(name)
+        if stream is None or stream.session is None:
+            raise NotFound(
+                f"nobody publishes {name!r}; try again in a moment", code="not_live", retry_after_s=NOT_LIVE_RETRY_S
+            )
+        most, count = self._context.settings.max_viewers, sum(len(one.viewers) for one in self._streams.values())
+        if count >= most:
+            raise Full(f"all {most} places for viewers are taken (max_viewers)", retry_after_s=VIEWERS_FULL_RETRY_S)
+        answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        viewer = Viewer(secrets.token_urlsafe(16), _ufrag(offer_sdp), Feed(stream.broadcast), answered)
+        stream.viewers[viewer.id] = viewer
+        viewer.task = asyncio.create_task(self._run_viewer(stream, viewer, offer_sdp), name=f"{viewer.id}/viewer")
+        async with asyncio.timeout(NEGOTIATION_TIMEOUT_S + CLOSE_TIMEOUT_S):
+            answer = await asyncio.shield(viewer.answered)
+        return self._created(f"/whep/{name}/{viewer.id}", viewer.id, answer)
+
+    async def _run_viewer(self, stream: Stream, viewer: Viewer, offer_sdp: str) -> None:
+        """One viewer, behind a wall of its own: whatever it raises ends it and nobody else."""
+        try:
+            async with answer_offer(offer_sdp, self._context.settings.media, feed=viewer.feed) as peer:
+                viewer.peer = peer
+                viewer.answered.set_result(peer.answer_sdp)
+                reason = await peer.wait_until_gone()
+                log.info("viewer %s of %s left: %s", viewer.id, stream.name, reason)
+        except ServerError as error:
+            viewer.answered.set_exception(error)
+        except Exception:
+            self._context.metrics.faults.labels("viewer").inc()
+            log.exception("viewer %s of %s failed", viewer.id, stream.name)
+        finally:
+            if not viewer.answered.done():
+                viewer.answered.set_exception(ServerError("the viewer ended before it was answered"))
+            viewer.feed.stop()
+            stream.viewers.pop(viewer.id, None)
+
+    async def _end(self, viewers: list[Viewer]) -> None:
+        tasks = [viewer.task for viewer in viewers if viewer.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+            for late in pending:
+                log.error("%s did not end within %.0f s", late.get_name(), CLOSE_TIMEOUT_S)
+
+    # --- offers and answers
+
+    async def _read_offer(self, request: web.Request, *, watches: bool) -> str:
+        if self._closing:
+            raise ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)
+        if not self._offers.take(self._context.clock()):
+            raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
+        try:
+            offer_sdp = (await read_body(request, SDP)).decode()
+        except UnicodeDecodeError as error:
+            raise BadRequest("the offer is not UTF-8 text") from error
+        check_offer(offer_sdp, watches=watches)
+        check_codecs(offer_sdp)
+        return offer_sdp
+
+    def _created(self, url: str, session_id: str, answer: str) -> web.Response:
+        # RFC 9725, 4.4.2: in each bundled section.
+        answer = answer.replace("a=rtcp-mux\r\n", "a=rtcp-mux\r\na=rtcp-mux-only\r\n")
+        response = web.Response(text=answer, status=201, content_type=SDP)
+        response.headers["Location"] = url
+        response.headers["ETag"] = _etag(session_id)
+        for server in self._context.settings.media.ice_servers:
+            response.headers.add("Link", f'<{server}>; rel="ice-server"')
+        return response
+
+    # --- REST
+
+    def streams(self) -> list[dict[str, object]]:
+        """Every stream as REST shows it."""
+        return [self._shown(stream) for stream in self._streams.values() if stream.session is not None]
+
+    def restyle(self, name: str, change: StreamChange) -> dict[str, object]:
+        """Change what is given; returns the stream as REST shows it.
+
+        Raises: NotFound for a stream that nobody publishes now; BadRequest for more steps than the model has.
+        """
+        stream = self._streams.get(name)
+        session = self._publisher(stream) if stream is not None else None
+        if stream is None or session is None:
+            raise NotFound(f"nobody publishes {name[:64]!r}", code="not_live", retry_after_s=NOT_LIVE_RETRY_S)
+        try:
+            session.restyle(change, change.bypass)
+        except ControlError as error:
+            raise BadRequest(str(error)) from error
+        return self._shown(stream)
+
+    def _shown(self, stream: Stream) -> dict[str, object]:
+        session = stream.session
+        assert session is not None
+        return {
+            "stream": stream.name,
+            "live": self._publisher(stream) is not None,
+            "viewers": len(stream.viewers),
+            "params": shown_params(session.params, session.transition_s),
+            "bypass": session.bypass,
+            "stats": session.stats(),
+            "broadcast": dict(stream.broadcast.counters),
+        }
+
+    # --- lifetime
+
+    async def _start(self, app: web.Application) -> None:
+        self._tick_task = asyncio.create_task(self._tick(), name="whip/tick")
+
+    async def _close(self, app: web.Application) -> None:
+        self._closing = True
+        if self._tick_task is not None:
+            self._tick_task.cancel()
+        for stream in list(self._streams.values()):
+            await self._forget(stream)
+
+    async def _tick(self) -> None:
+        """End the streams whose publisher stays away."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._context.clock()
+            for stream in list(self._streams.values()):
+                if stream.arriving or self._publisher(stream) is not None:
+                    continue
+                if stream.gone_at is None:
+                    stream.gone_at = now
+                if not stream.viewers or now - stream.gone_at >= RETURN_S:
+                    log.info("stream %s ended; %d viewers with it", stream.name, len(stream.viewers))
+                    await self._forget(stream)
+
+    async def _forget(self, stream: Stream) -> None:
+        del self._streams[stream.name]
+        await self._end(list(stream.viewers.values()))
+        stream.broadcast.close()
+
+
+def parse_fragment(text: str) -> Fragment:
+    """The candidates of a PATCH, each with its section's mid. Raises BadRequest or TooLarge."""
+    if len(text) > MAX_BYTES:
+        raise TooLarge(f"the fragment has {len(text)} characters, over the {MAX_BYTES} that are read")
+    ufrag, mid, ends = "", None, False
+    candidates: list[dict[str, object]] = []
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        if len(line) < 2 or line[1] != "=":
+            raise BadRequest("the fragment has a line that is not of the form letter=value")
+        name, _, value = line.partition(":")
+        match name:
+            case "a=ice-ufrag":
+                ufrag = value
+            case "a=mid":
+                mid = value
+            case "a=candidate":
+                section = {} if mid is None else {"sdpMid": mid}
+                candidates.append({"candidate": f"candidate:{value}", **section})
+            case "a=end-of-candidates":
+                ends = True
+    if not (ufrag or candidates or ends):
+        raise BadRequest("the fragment has neither ICE credentials nor candidates")
+    return Fragment(ufrag, candidates)
+
+
+def check_codecs(offer_sdp: str) -> None:
+    """Raises Unsupported, in words that help, for an offer without a codec that is decoded here."""
+    names = list(dict.fromkeys(match[1].upper() for match in CODEC.finditer(offer_sdp)))
+    pictures = [name for name in names if name not in AUXILIARY]
+    if not PLAYABLE & set(pictures):
+        offered = ", ".join(pictures[:6]) or "no video codec"
+        raise Unsupported(
+            f"the offer has {offered}; this server takes H.264 and VP8. In OBS choose an H.264 encoder (x264, NVENC"
+            " H.264, ...) under Settings, Output, Streaming, Video Encoder",
+            code="no_common_codec",
+        )
+
+
+def _ufrag(offer_sdp: str) -> str:
+    found = re.search(r"^a=ice-ufrag:(\S+)", offer_sdp, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _etag(session_id: str) -> str:
+    """A strong tag of the session's ICE, which never restarts; tells nothing of the id, which is a secret."""
+    return f'"{hashlib.sha256(session_id.encode()).hexdigest()[:16]}"'
+
+
+def _stream_name(request: web.Request) -> str:
+    name = request.match_info["stream"]
+    if not STREAM_NAME.fullmatch(name):
+        raise BadRequest("a stream's name has 1 to 64 letters, digits, - and _")
+    return name
+
+
+def _is_ours(request: web.Request) -> bool:
+    """Whether WHIP, WHEP or the REST calls of streams are asked."""
+    parts = request.path.split("/")
+    return (
+        parts[1] in ("whip", "whep") or parts[2:] in (["whip"], ["whep"]) or request.path.startswith("/api/v1/streams")
+    )
+
+
+def _not_allowed(request: web.Request, allowed: str) -> ServerError:
+    error = ServerError(f"{request.method} is not for this URL; there are {allowed}", code="http_405", status=405)
+    error.headers = {"Allow": allowed}
+    return error
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(
+        f"somebody publishes {name!r} already; choose another name or stop that one first",
+        code="already_published",
+        retry_after_s=TAKEN_RETRY_S,
+    )
