@@ -37,10 +37,11 @@ FORGETTING = 0.93
 TIE = 0.05
 # How firmly coefficients hold to a fresh profile: one pass moves a prediction a seventh of the way.
 PROFILE_WEIGHT = 2.0
-# As many passes in a row, all this far on one side of the prediction: the device has changed, follow at once.
+# As many passes in a row, all this far on one side of the prediction: the device has changed, follow at once. One that
+# is twice off counts for two.
 CHANGED_RATIO = 1.3
+CHANGED_FAR_RATIO = 2.0
 CHANGED_PASSES = 3
-CHANGED_FORGETTING = 0.5
 # A single pass this far above the prediction is a compilation or a stopped process, not a cost.
 OUTLIER_RATIO = 8.0
 OUTLIERS_BELIEVED = 3
@@ -116,7 +117,7 @@ class CostModel:
         self._targets = np.zeros(len(prior))
         self._ratios: deque[float] = deque(maxlen=RATIOS_KEPT)
         self._factor = FIRST_FACTOR
-        self._side, self._run, self._outliers = 0, 0, 0
+        self._side = self._run = self._run_ratios = self._outliers = 0
         self.passes = 0
 
     @property
@@ -156,12 +157,17 @@ class CostModel:
             return False
         if self.passes:
             self._note_ratio(ratio)
-        decay = CHANGED_FORGETTING if self._run >= CHANGED_PASSES else FORGETTING
+        if self._run >= CHANGED_PASSES:
+            self._rescale(ratio)
+            predicted_s, ratio = seconds, 1.0
         # Relative to the prior and to the prediction: a coefficient of 1 is the prior's, a target of 1 as predicted.
         terms = np.array(_terms(work)) * self._prior / predicted_s
-        self._moments = decay * self._moments + np.outer(terms, terms)
-        self._targets = decay * self._targets + ratio * terms
-        self._coefficients = tuple(float(each) for each in self._prior * _fit(self._moments, self._targets))
+        self._moments = FORGETTING * self._moments + np.outer(terms, terms)
+        self._targets = FORGETTING * self._targets + ratio * terms
+        learned = _fit(self._moments, self._targets)
+        # Nothing costs nothing: what is taken for free could never be found to have become slower.
+        learned = np.maximum(learned, FLOOR * learned.mean())
+        self._coefficients = tuple(float(each) for each in self._prior * learned)
         # Errors are relative to what was predicted: those from when the device was faster must not outweigh new ones.
         scale = min(1.0, predicted_s / self.mean_s(work)) ** 2
         self._moments *= scale
@@ -193,7 +199,8 @@ class CostModel:
         self._targets = np.full(size, PROFILE_WEIGHT)
         self.passes = len(passes)
         self._ratios.clear()
-        self._factor, self._side, self._run, self._outliers = FIRST_FACTOR, 0, 0, 0
+        self._factor = FIRST_FACTOR
+        self._side = self._run = self._run_ratios = self._outliers = 0
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as JSON values; `from_snapshot` goes on from there as if nothing had been."""
@@ -203,7 +210,7 @@ class CostModel:
             "moments": self._moments.tolist(),
             "targets": self._targets.tolist(),
             "ratios": list(self._ratios),
-            "run": [self._side, self._run, self._outliers],
+            "run": [self._side, self._run, self._run_ratios, self._outliers],
             "passes": self.passes,
         }
 
@@ -218,7 +225,7 @@ class CostModel:
             )
             moments = _finite(snapshot["moments"], (size, size))
             ratios = [float(each) for each in snapshot["ratios"]]
-            side, run, outliers = (int(each) for each in snapshot["run"])
+            side, run, run_ratios, outliers = (int(each) for each in snapshot["run"])
             passes = int(snapshot["passes"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no snapshot of a cost model: {error!r}") from error
@@ -227,21 +234,34 @@ class CostModel:
         model._prior, model._moments, model._targets = prior, moments, targets
         model._coefficients = tuple(map(float, coefficients))
         model._ratios.extend(ratios)
-        model._side, model._run, model._outliers, model.passes = side, run, outliers, passes
+        model._side, model._run, model._run_ratios, model._outliers = side, run, run_ratios, outliers
+        model.passes = passes
         model._factor = _factor(model._ratios)
         return model
 
     def _note_ratio(self, ratio: float) -> None:
         side = (ratio > CHANGED_RATIO) - (ratio < 1 / CHANGED_RATIO)
-        self._run = self._run + 1 if side and side == self._side else abs(side)
+        if not side or side != self._side:
+            self._run = self._run_ratios = 0
         self._side = side
-        if self._run == CHANGED_PASSES:
-            # The device has changed: these were no spread around its mean.
-            for _ in range(min(CHANGED_PASSES - 1, len(self._ratios))):
-                self._ratios.pop()
-        elif self._run < CHANGED_PASSES:
+        far = max(ratio, 1 / ratio) > CHANGED_FAR_RATIO
+        self._run += (2 if far else 1) * abs(side)
+        if self._run < CHANGED_PASSES:
             self._ratios.append(ratio)
+            self._run_ratios += 1
+        else:
+            # The device has changed: these were no spread around its mean.
+            for _ in range(min(self._run_ratios, len(self._ratios))):
+                self._ratios.pop()
+            self._run_ratios = 0
         self._factor = _factor(self._ratios)
+
+    def _rescale(self, ratio: float) -> None:
+        """All that was seen is taken to have been slower by `ratio`, as what is seen now is."""
+        learned = ratio * np.array(self._coefficients) / self._prior
+        self._moments /= ratio**2
+        self._targets = self._moments @ learned
+        self._coefficients = tuple(map(float, learned * self._prior))
 
 
 def chunk_costs(

@@ -103,6 +103,18 @@ def test_a_change_of_speed_is_followed_within_some_passes_for_all_work(seed: int
     assert model.factor < 1.3
 
 
+@pytest.mark.parametrize(("change", "passes"), [(4.0, 2), (1.5, 3), (0.25, 2)])
+def test_a_device_that_has_changed_by_far_is_known_at_once(change: float, passes: int) -> None:
+    model = profile()
+    seen, unseen = batch(1, 1), (batch(1, 3), batch(2, 1), batch(1, 1, small=True))
+    for _ in range(60):
+        model.observe(seen, true_s(seen))
+    for _ in range(passes):
+        model.observe(seen, change * true_s(seen))
+    for work in (seen, *unseen):
+        assert model.mean_s(work) == pytest.approx(change * true_s(work), rel=0.05)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.1, 0.2]))
 def test_the_upper_quantile_covers_nineteen_passes_of_twenty(seed: int, spread: float) -> None:
