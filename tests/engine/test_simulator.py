@@ -281,7 +281,7 @@ def test_what_is_no_profile_is_refused(profile: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("arrivals", ["even", "poisson"])
-@pytest.mark.parametrize(("sessions", "micro_batch"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 4), (8, 4)])
+@pytest.mark.parametrize(("sessions", "micro_batch"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 4), (3, 4), (4, 4), (8, 4)])
 def test_no_other_policy_has_more_frames_on_time(arrivals: simulator.Arrivals, sessions: int, micro_batch: int) -> None:
     for load in LOADS:
         runs = compare(load, sessions=sessions, arrivals=arrivals, micro_batch=micro_batch)
