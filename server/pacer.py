@@ -4,7 +4,8 @@ The engine hands over four pictures at once; shown at once, a browser shows one 
 even grid: the measured period apart, and a delay after their capture. The delay is a quantile of the latencies of the
 last chunks, so that most chunks are there before their first picture is due. Pictures ahead of or behind the delay find
 it a little with each interval. A picture never waits past its deadline as long as its whole chunk can be in time; where
-the engine is too slow for that, the period stretches and the picture stays even.
+the engine is too slow for that, the period stretches and the picture stays even. What is past its deadline by more than
+TOLERANCE_S is not shown while a newer picture waits: latency ends there, however slow the engine has become.
 
 Beside it stood a form without a delay, which spread a chunk over its measured period and played faster while more
 than one picture waited. Simulated over 60 s each (30 fps camera, 24 agreed, budget 0.5 s, ms). "Busy": 15 of 100
@@ -56,6 +57,7 @@ MAX_STRETCH = 0.15
 MIN_SPACING = 0.85
 # A release comes a little after it is due: the timer's lateness, and the time to hand the picture over.
 DEADLINE_MARGIN_S = 0.015
+TOLERANCE_S = 0.1
 # After a gap of so many intervals (tab hidden, chunks dropped) the picture starts at its delay, not on the old grid.
 RESTART_INTERVALS = 5.0
 
@@ -69,8 +71,9 @@ class Pacer(Generic[Picture]):
     def __init__(self, fps: float, budget_s: float) -> None:
         self._interval_s = 1.0 / fps
         self._budget_s = budget_s
-        # Picture, its place on the even grid of captures, and the latest release in time; inf where there is none.
-        self._waiting: deque[tuple[Picture, float, float]] = deque()
+        # Picture, its capture, its place on the even grid of captures, and the latest release in time; inf where there
+        # is none.
+        self._waiting: deque[tuple[Picture, float, float, float]] = deque()
         self._latencies_s: deque[float] = deque(maxlen=LATENCY_CHUNKS)
         self._periods_s: deque[float] = deque(maxlen=PERIODS)
         self._delay_s = 0.0
@@ -105,7 +108,7 @@ class Pacer(Generic[Picture]):
         self._measure_latency(now - grid[0], len(grid))
         for picture, captured, place in zip(pictures, captured_at, grid, strict=True):
             latest = captured + self._budget_s - DEADLINE_MARGIN_S
-            self._waiting.append((picture, place, latest if latest >= now else math.inf))
+            self._waiting.append((picture, captured, place, latest if latest >= now else math.inf))
         dropped = []
         while len(self._waiting) > max(MIN_ROOM, MAX_CHUNKS * len(pictures)):
             dropped.append(self._waiting.popleft()[0])
@@ -116,7 +119,7 @@ class Pacer(Generic[Picture]):
         if not self._waiting:
             return None
         interval_s = self._interval_s
-        target = self._waiting[0][1] + self._delay_s
+        target = self._waiting[0][2] + self._delay_s
         even = self._last_release + interval_s
         if even < target - RESTART_INTERVALS * interval_s:
             even = target
@@ -130,9 +133,17 @@ class Pacer(Generic[Picture]):
     def _latest_in_time(self) -> float:
         """When the next picture must go for every waiting one to be in time; inf once one of them cannot be."""
         spacing_s = MIN_SPACING * self._interval_s
-        if any(latest == math.inf for _, _, latest in self._waiting):
+        if any(latest == math.inf for *_, latest in self._waiting):
             return math.inf
-        return min(latest - place * spacing_s for place, (_, _, latest) in enumerate(self._waiting))
+        return min(latest - place * spacing_s for place, (*_, latest) in enumerate(self._waiting))
+
+    def shed(self, now: float) -> list[Picture]:
+        """Give up pictures that are over TOLERANCE_S past the budget, while a newer one waits; oldest first."""
+        oldest = now - self._budget_s - TOLERANCE_S
+        shed = []
+        while len(self._waiting) > 1 and self._waiting[0][1] < oldest:
+            shed.append(self._waiting.popleft()[0])
+        return shed
 
     def pop(self, now: float) -> Picture:
         """Take the next picture, released at `now`. Raises IndexError when nothing waits."""

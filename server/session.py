@@ -421,7 +421,9 @@ class Session:
             if (wait := due - self._clock()) > 0:
                 await asyncio.sleep(min(wait, RELEASE_POLL_S))
                 continue
-            self._release(peer, self._pacer.pop(self._clock()))
+            now = self._clock()
+            self.metrics.on_dropped(now, "too_old", [picture.index for picture in self._pacer.shed(now)])
+            self._release(peer, self._pacer.pop(now))
 
     def _release(self, peer: Peer, picture: Picture) -> None:
         now = self._clock()

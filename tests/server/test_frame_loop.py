@@ -213,6 +213,16 @@ def test_a_picture_that_can_be_in_time_does_not_wait_past_its_deadline() -> None
     assert due is not None and due <= 0.06 + BUDGET_S + 0.75 / 10
 
 
+def test_what_is_far_too_old_is_not_shown_while_a_newer_picture_waits() -> None:
+    pacer: Pacer[int] = Pacer(24, BUDGET_S)
+    pacer.push([0, 1, 2, 3], [i / 24 for i in range(4)], BUDGET_S + 0.15)
+    assert pacer.shed(BUDGET_S + 0.09) == []
+    assert pacer.shed(BUDGET_S + 0.15) == [0, 1]
+    # The newest is shown however old it is: a late picture is more than none.
+    assert pacer.shed(BUDGET_S + 9) == [2]
+    assert pacer.pop(BUDGET_S + 9) == 3
+
+
 @given(st.lists(st.floats(0, 0.3), min_size=1, max_size=40), st.floats(0.02, 0.6))
 def test_the_pacer_never_holds_more_than_three_chunks_and_keeps_order(waits: list[float], latency_s: float) -> None:
     pacer: Pacer[int] = Pacer(24, BUDGET_S)
