@@ -100,7 +100,7 @@ class StreamBatch:
         """
         # Neighbouring rows in order are read where they lie, others through a copy.
         items = sorted(items, key=lambda item: item.rows[item.step].index)
-        self._enter_rows(items)
+        self.enter_rows(items)
         rows = [item.rows[item.step] for item in items]
         slots = [item.slots for item in items if item.slots is not None]
         view = self.pool.view(rows, slots[0] if len(slots) == 1 else torch.cat(slots))
@@ -123,6 +123,22 @@ class StreamBatch:
                 given = PassInput(noisy[row : row + 1], item.source, timestep_B[row : row + 1])
                 item.state.history.append(given)
 
+    def enter_rows(self, items: Sequence[Item]) -> None:
+        """Take cache slots for those items that come to a row they have not been in."""
+        new = [item for item in items if item.step == 0 or item.rows[item.step] is not item.rows[item.step - 1]]
+        if not new:
+            return
+        rows: list[CacheRow] = [item.rows[item.step] for item in new]
+        sink = look = None
+        if all(item.look is not None for item in new):
+            look = torch.cat([item.look for item in new if item.look is not None])
+        if any(item.sink is not None for item in new):
+            none = torch.full((1,), EMPTY, device=self.pool.held.device)
+            sink = torch.cat([none if item.sink is None else item.sink for item in new])
+        slots = self.pool.advance(rows, new[0].source.shape[1], sink=sink, look_BE=look)
+        for row, item in enumerate(new):
+            item.slots = slots[row : row + 1]
+
     def recache(self, state: SessionState, prompt: PromptContext) -> None:
         """Compute what the cache holds of a stream again for another prompt, oldest frame first.
 
@@ -143,22 +159,6 @@ class StreamBatch:
 
     def _look(self, source: Tensor) -> Tensor | None:
         return None if self.pool.cache.sink_refresh is None else self.transformer.look(source)
-
-    def _enter_rows(self, items: Sequence[Item]) -> None:
-        """Take cache slots for those items that come to a row they have not been in."""
-        new = [item for item in items if item.step == 0 or item.rows[item.step] is not item.rows[item.step - 1]]
-        if not new:
-            return
-        rows: list[CacheRow] = [item.rows[item.step] for item in new]
-        sink = look = None
-        if all(item.look is not None for item in new):
-            look = torch.cat([item.look for item in new if item.look is not None])
-        if any(item.sink is not None for item in new):
-            none = torch.full((1,), EMPTY, device=self.pool.held.device)
-            sink = torch.cat([none if item.sink is None else item.sink for item in new])
-        slots = self.pool.advance(rows, new[0].source.shape[1], sink=sink, look_BE=look)
-        for row, item in enumerate(new):
-            item.slots = slots[row : row + 1]
 
     def _run(
         self,

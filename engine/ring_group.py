@@ -1,0 +1,450 @@
+"""A ring as its user holds it: one process a rank, started, fed and ended together.
+
+This process keeps no part of the model and is in no process group of torch, so a rank that dies takes nothing with it:
+the group ends as a unit with `RankLost`, whatever the rest of it was doing, and a new one can be made at once.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from engine.api import EngineError, RankLost, StreamParams
+from engine.partition import even_split
+from engine.pipeline import Mode
+from engine.ring import Layout, RingHead, Sizes, Stage, StagePool, serve
+from engine.session import NoiseSource
+from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, meet, open_wire
+from engine.wan.weights import Model
+
+# A rank that ends because another one did: the other is to blame.
+PEER_GONE = 3
+BLAME_S = 0.5
+STOP_TIMEOUT_S = 10.0
+Loader = Callable[[int], Model]
+
+
+@dataclass(frozen=True)
+class RingSpec:
+    """What a ring is made of.
+
+    streams: as many at once. span: latent frames of the usual chunk, which the buffers are made for; longer ones go in
+    pieces. bounds: first DiT block of every rank, and the end; even where left out. raw: results are latents and pixels
+    as the decoder made them. waiting: chunks a stream may have unanswered. reply_timeout_s: after which a rank that
+    does not answer is lost.
+    """
+
+    ranks: int
+    width: int
+    height: int
+    streams: int = 4
+    mode: Mode = "batch"
+    span: int = 1
+    bounds: tuple[int, ...] | None = None
+    raw: bool = False
+    threads: int = 1
+    waiting: int = 16
+    reply_timeout_s: float = 60.0
+    pool_type: type[StagePool] = StagePool
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.ranks < 1 or self.streams < 1 or self.span < 1 or self.waiting < 1:
+            raise ValueError(
+                f"ranks {self.ranks}, streams {self.streams}, span {self.span} and waiting {self.waiting} "
+                "must be 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class RingResult:
+    """A chunk that is done. frames: uint8 [T, H, W, 3]; or, of a raw ring, latent [T, C, H, W] and pixels [T, 3, H, W],
+    not clamped. All None where no prompt was known yet."""
+
+    stream: str
+    chunk: int
+    frames: Tensor | None
+    latent: Tensor | None
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class RingStats:
+    """bounds, epoch: the plan in force. rank_s: what each rank takes for its blocks in one pass, medians, seconds.
+    encode_s, decode_s: of the last chunk. passes: so far."""
+
+    bounds: tuple[int, ...]
+    epoch: int
+    rank_s: tuple[float, ...]
+    encode_s: float
+    decode_s: float
+    passes: int
+
+
+class RingGroup:
+    """Handle of a ring. For one thread; a context manager."""
+
+    def __init__(self, load: Loader, spec: RingSpec, *, start_timeout_s: float = 120.0) -> None:
+        """Start a process for every rank and wait until all hold the model.
+
+        Args:
+            load: called in each process with its rank; must be picklable. Only rank 0 asks the model for text.
+
+        Raises: RankLost, when a rank ends before; EngineError after start_timeout_s.
+        """
+        self.spec = spec
+        self._results: deque[RingResult] = deque()
+        self._pending: dict[str, int] = {}
+        self._answer: tuple[str, Any] | None = None
+        self._failure: EngineError | None = None
+        # Hosted here, so that no rank is needed for the others to meet.
+        limit = timedelta(seconds=start_timeout_s)
+        self._store = TCPStore(HOST, 0, None, True, timeout=limit, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._pipe: Connection = ours
+        self._ranks = [
+            context.Process(
+                target=_rank_main,
+                args=(load, spec, rank, self._store.port, theirs if rank == 0 else None),
+                name=f"ring rank {rank}",
+                daemon=True,
+            )
+            for rank in range(spec.ranks)
+        ]
+        try:
+            for rank in self._ranks:
+                rank.start()
+            theirs.close()
+            self._ask(None, timeout_s=start_timeout_s)
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process of every rank."""
+        return [rank.pid or 0 for rank in self._ranks]
+
+    def open(self, stream: str, params: StreamParams, noise: NoiseSource | None = None) -> None:
+        """Open a stream. Raises EngineError for a name in use, parameters the model cannot follow, or a full ring."""
+        self._ask(("open", stream, params, noise))
+        self._pending[stream] = 0
+
+    def update(self, stream: str, params: StreamParams) -> None:
+        """Change a stream from its next chunk on. Raises EngineError."""
+        self._ask(("update", stream, params))
+
+    def close_stream(self, stream: str) -> None:
+        """Close a stream; what it has under way gives no result. Raises EngineError for one that is not open."""
+        self._ask(("close", stream))
+        del self._pending[stream]
+        self._results = deque(result for result in self._results if result.stream != stream)
+
+    def submit(self, stream: str, frames: Tensor, *, timeout_s: float = 60.0) -> None:
+        """Give a stream its next chunk; waits while it has `RingSpec.waiting` unanswered.
+
+        Args:
+            frames: uint8 [T, H, W, 3], or pixels [T, 3, H, W] in [-1, 1] where motion is measured on them exactly.
+
+        Raises: EngineError, after timeout_s or for a stream that is not open; RankLost.
+        """
+        if stream not in self._pending:
+            raise EngineError(f"stream {stream!r} is not open: open it first")
+        until = time.monotonic() + timeout_s
+        while self._pending[stream] >= self.spec.waiting:
+            self._pump(until, f"stream {stream!r} has {self.spec.waiting} chunks unanswered")
+        self._pending[stream] += 1
+        self._send(("submit", stream, frames.clone()))
+
+    def collect(self, *, timeout_s: float = 60.0) -> list[RingResult]:
+        """Chunks that are done since the last call, each stream's in order; waits for one while any is due.
+
+        Raises: EngineError after timeout_s; RankLost.
+        """
+        until = time.monotonic() + timeout_s
+        while not self._results and any(self._pending.values()):
+            self._pump(until, "no chunk was done")
+        results = list(self._results)
+        self._results.clear()
+        return results
+
+    def finish(self, *, timeout_s: float = 60.0) -> list[RingResult]:
+        """All that is due, and what was not collected. Raises as `collect`."""
+        until = time.monotonic() + timeout_s
+        while any(self._pending.values()):
+            self._pump(until, f"{sum(self._pending.values())} chunks were not done")
+        return self.collect()
+
+    def move(self, bounds: Sequence[int]) -> None:
+        """Go over to another plan, with keys and values, while passes are under way. Raises EngineError."""
+        self._ask(("move", tuple(bounds)))
+
+    def stats(self) -> RingStats:
+        """How the ring fares."""
+        answer = self._ask(("stats",))
+        assert isinstance(answer, RingStats)
+        return answer
+
+    def close(self) -> None:
+        """End all ranks: asked first, then made to. Idempotent."""
+        if self._failure is None and self._ranks[0].is_alive():
+            with contextlib.suppress(OSError):
+                self._pipe.send_bytes(pickle.dumps(("stop",)))
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            for rank in self._ranks:
+                rank.join(max(0.0, deadline - time.monotonic()))
+        self._end()
+
+    # --- parts
+
+    def _ask(self, command: tuple[Any, ...] | None, timeout_s: float = 60.0) -> Any:
+        if command is not None:
+            self._send(command)
+        until, self._answer = time.monotonic() + timeout_s, None
+        what = "the ranks did not start" if command is None else f"{command[0]!r} was not answered"
+        while self._answer is None:
+            self._pump(until, what)
+        kind, value = self._answer
+        if kind == "refused":
+            raise EngineError(str(value))
+        return value
+
+    def _send(self, command: tuple[Any, ...]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._pipe.send_bytes(pickle.dumps(command))
+        except OSError:
+            self._lose("rank 0 closed its connection")
+
+    def _pump(self, until: float, what: str) -> None:
+        """Take in one message of rank 0. Raises EngineError when `until` has come, RankLost when a rank has died."""
+        if self._failure is not None:
+            raise self._failure
+        left_s = until - time.monotonic()
+        ready = wait([self._pipe, *(rank.sentinel for rank in self._ranks)], max(0.0, left_s))
+        if not ready:
+            self._failure = EngineError(f"{what} within the time allowed: the group was ended")
+            self._end()
+            raise self._failure
+        if self._pipe not in ready:
+            self._lose("")
+        try:
+            kind, value = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            self._lose("rank 0 closed its connection")
+        if kind == "lost":
+            self._lose(value)
+        elif kind == "result":
+            # One of a stream that was closed meanwhile is nobody's.
+            if value.stream in self._pending:
+                self._pending[value.stream] -= 1
+                self._results.append(value)
+        else:
+            self._answer = kind, value
+
+    def _lose(self, why: str) -> None:
+        """End the group and raise RankLost, naming the rank that went first."""
+        deadline = time.monotonic() + BLAME_S
+        while not (guilty := self._guilty()) and time.monotonic() < deadline:
+            wait([rank.sentinel for rank in self._ranks if rank.is_alive()] or [self._ranks[0].sentinel], 0.05)
+        names = ", ".join(f"rank {rank} ended with {code}" for rank, code in guilty) or why or "a rank ended"
+        detail = f" ({why})" if why and guilty else ""
+        self._failure = RankLost(f"{names}{detail}: the group has ended as a whole; make a new one")
+        self._end()
+        raise self._failure
+
+    def _guilty(self) -> list[tuple[int, int]]:
+        codes = ((number, rank.exitcode) for number, rank in enumerate(self._ranks))
+        return [(number, code) for number, code in codes if code is not None and code != PEER_GONE]
+
+    def _end(self) -> None:
+        self._pipe.close()
+        started = [rank for rank in self._ranks if rank.pid is not None]
+        for rank in started:
+            if rank.is_alive():
+                rank.kill()
+        for rank in started:
+            rank.join(STOP_TIMEOUT_S)
+
+
+def _rank_main(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None) -> None:
+    """A rank's process. Ends without Python's own end: torch's groups may hold threads that wait for ever."""
+    code = 1
+    try:
+        torch.set_num_threads(spec.threads)
+        with torch.inference_mode():
+            _run_rank(load, spec, rank, port, pipe)
+        code = 0
+    except PeerGone as gone:
+        code = PEER_GONE
+        _tell(pipe, ("lost", str(gone)))
+    except Exception as error:  # noqa: BLE001 - the process ends with it, and the group names it
+        traceback.print_exc()
+        _tell(pipe, ("lost", f"rank {rank}: {error!r}"))
+    finally:
+        os._exit(code)
+
+
+def _tell(pipe: Connection | None, message: tuple[str, Any]) -> None:
+    if pipe is not None:
+        with contextlib.suppress(OSError):
+            pipe.send_bytes(pickle.dumps(message))
+
+
+def _run_rank(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None) -> None:
+    model = load(rank)
+    layers, last = model.config.transformer.layers, spec.ranks - 1
+    bounds = spec.bounds or even_split(spec.ranks, layers)
+    if len(bounds) != spec.ranks + 1 or (bounds[0], bounds[-1]) != (0, layers) or list(bounds) != sorted(bounds):
+        raise ValueError(f"bounds {bounds} must rise from 0 to {layers} over {spec.ranks} ranks")
+    sizes = Sizes(model, spec.width, spec.height, spec.span)
+    layout = Layout(spec.ranks, model.config.transformer.window_frames)
+    if spec.ranks == 1:
+        assert pipe is not None
+        _lead(RingHead(model, spec.width, spec.height, bounds, **_head_options(spec)), spec, pipe, [])
+        return
+    meet(rank, spec.ranks, port)
+    forward, back, frames = (open_wire(shape) for shape in sizes.wires(layout))
+    moving = dist.new_group(backend="gloo")
+    if pipe is not None:
+        onward = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
+        head = RingHead(model, spec.width, spec.height, bounds, onward=onward, group=moving, **_head_options(spec))
+        _lead(head, spec, pipe, [("clean", Inbox(back, last)), ("frames", Inbox(frames, last))])
+        return
+    onwards = (
+        [Outbox(wire, 0, timeout_s=spec.reply_timeout_s) for wire in (back, frames)]
+        if rank == last
+        else [Outbox(forward, rank + 1, timeout_s=spec.reply_timeout_s)]
+    )
+    inbox = Inbox(forward, rank - 1)
+    serve(_stage(model, spec, sizes, rank, bounds), sizes, layout, inbox, onwards, moving)
+
+
+def _head_options(spec: RingSpec) -> dict[str, Any]:
+    return {"streams": spec.streams, "mode": spec.mode, "raw": spec.raw, "pool_type": spec.pool_type}
+
+
+def _stage(model: Model, spec: RingSpec, sizes: Sizes, rank: int, bounds: Sequence[int]) -> Stage:
+    """A rank after the first: with as many cache rows as rank 0 has."""
+    config = model.config
+    steps = 4 if config.sampling.timesteps is None else len(config.sampling.timesteps)
+    rows = spec.streams * (steps if spec.mode == "batch" else 1)
+    pool = StagePool(config.transformer, sizes.grid, rows, cache=config.cache, device=model.device, dtype=model.dtype)
+    return Stage(model, pool, rank, bounds, spec.streams)
+
+
+Event = tuple[str, Any]
+
+
+def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tuple[str, Inbox]]) -> None:
+    """Rank 0's loop: commands of the group and answers of the ring, in the order they come."""
+    # Bounded by what the group may have unanswered and by the passes under way.
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(pipe, events), daemon=True).start()
+    for name, inbox in inboxes:
+        threading.Thread(target=_read_wire, args=(name, inbox, events), daemon=True).start()
+    pipe.send_bytes(pickle.dumps(("ready", None)))
+    while True:
+        try:
+            name, value = events.get(timeout=spec.reply_timeout_s if head.busy else None)
+        except queue.Empty:
+            raise PeerGone(f"no rank answered for {spec.reply_timeout_s:g} s: one of them hangs") from None
+        if name == "stop":
+            head.stop()
+            return
+        if name == "gone":
+            raise PeerGone(str(value))
+        if name == "clean":
+            head.take_clean(value.words, value.payload)
+        elif name == "frames":
+            head.take_frames(value.words, value.payload)
+        else:
+            _obey(head, value, pipe)
+        try:
+            head.fill()
+        except EngineError as error:
+            raise PeerGone(f"a text could not be encoded: {error}") from error
+        while head.done:
+            done = head.done.popleft()
+            frames = None if done.rendered is None or done.rendered.frames is None else done.rendered.frames.cpu()
+            raw = [None if tensor is None else tensor.cpu().clone() for tensor in (done.latent, done.pixels)]
+            result = RingResult(done.key, done.chunk, frames, *(raw if spec.raw else (None, None)))
+            pipe.send_bytes(pickle.dumps(("result", result)))
+
+
+def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection) -> None:
+    name, *rest = command
+    if name == "submit":
+        head.submit(*rest)
+        return
+    answer: Any = None
+    try:
+        if name == "open":
+            head.join(*rest)
+        elif name == "update":
+            head.update(*rest)
+        elif name == "close":
+            head.leave(rest[0])
+        elif name == "move":
+            head.move(rest[0])
+        else:
+            answer = _stats(head)
+    except KeyError:
+        pipe.send_bytes(pickle.dumps(("refused", f"stream {rest[0]!r} is not open: open it first")))
+    except (ValueError, MemoryError) as error:
+        pipe.send_bytes(pickle.dumps(("refused", str(error))))
+    else:
+        pipe.send_bytes(pickle.dumps(("answer", answer)))
+
+
+def _stats(head: RingHead) -> RingStats:
+    times = torch.tensor(list(head.times) or [[0.0] * head.ranks])
+    return RingStats(
+        bounds=tuple(head.stage.bounds),
+        epoch=head.stage.epoch,
+        rank_s=tuple(times.median(0).values.tolist()),
+        encode_s=head.encode_s,
+        decode_s=head.decode_s,
+        passes=head.passes,
+    )
+
+
+def _read_commands(pipe: Connection, events: "queue.SimpleQueue[Event]") -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            command = pickle.loads(pipe.recv_bytes())
+            events.put(("stop", None) if command[0] == "stop" else ("command", command))
+    # The user is gone: nothing is left to do.
+    events.put(("stop", None))
+
+
+def _read_wire(name: str, inbox: Inbox, events: "queue.SimpleQueue[Event]") -> None:
+    try:
+        while True:
+            message: Message = inbox.receive()
+            events.put((name, message))
+    except PeerGone as gone:
+        events.put(("gone", gone))
