@@ -1,0 +1,490 @@
+"""WHIP in and WHEP out through the real parts: HTTP, WebRTC on loopback, sessions, and the stand-in engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import av
+import numpy as np
+import pytest
+from aioice import stun
+from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
+from aiortc.mediastreams import AudioStreamTrack, MediaStreamError, MediaStreamTrack, VideoStreamTrack
+
+from engine.api import StreamParams
+from engine.config import EngineSettings
+from engine.fake import FakeEngine, tint
+from server.app import running_server
+from server.broadcast import MAX_HELD, Encoded, Subscription
+from server.errors import ServerError
+from server.settings import ServerSettings
+from server.whip import check_codecs, parse_fragment
+
+PATIENCE_S = 30.0
+SDP = {"Content-Type": "application/sdp"}
+FRAGMENT = {"Content-Type": "application/trickle-ice-sdpfrag"}
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client too: aioice leaves 127.0.0.1 out, and no test sends anywhere else."""
+    monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+
+
+class MovingPicture(VideoStreamTrack):
+    """A bright bar that moves over a grey, 320x240 at 30 fps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    async def recv(self) -> av.VideoFrame:
+        pts, time_base = await self.next_timestamp()
+        picture = np.full((240, 320, 3), 100, np.uint8)
+        left = 4 * self.count % 288
+        picture[:, left : left + 32] = 230
+        self.count += 1
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = pts, time_base
+        return frame
+
+
+class Client:
+    """A WHIP or WHEP client: one peer connection that only sends or only receives."""
+
+    def __init__(self, base: str, *, publishes: bool, codec: str = "video/VP8", sound: bool = False) -> None:
+        self.base = base
+        self.http = aiohttp.ClientSession()
+        self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self.pictures: list[tuple[float, np.ndarray]] = []
+        self.sounds = 0
+        self.url = ""
+        self._readers: list[asyncio.Task[None]] = []
+        self.connection.on("track", lambda track: self._readers.append(asyncio.create_task(self._read(track))))
+        direction = "sendonly" if publishes else "recvonly"
+        if sound:
+            self.connection.addTransceiver(AudioStreamTrack() if publishes else "audio", direction=direction)
+        video = self.connection.addTransceiver(MovingPicture() if publishes else "video", direction=direction)
+        codecs = RTCRtpSender.getCapabilities("video").codecs
+        video.setCodecPreferences([one for one in codecs if one.mimeType in (codec, "video/rtx")])
+
+    async def _read(self, track: MediaStreamTrack) -> None:
+        while True:
+            try:
+                frame = await track.recv()
+            except MediaStreamError:
+                return
+            if isinstance(frame, av.VideoFrame):
+                self.pictures.append((time.monotonic(), frame.to_ndarray(format="rgb24")))
+            else:
+                self.sounds += 1
+
+    async def offer(self) -> str:
+        await self.connection.setLocalDescription(await self.connection.createOffer())
+        return self.connection.localDescription.sdp
+
+    async def enter(self, path: str, edit: Callable[[str], str] = str) -> aiohttp.ClientResponse:
+        response = await self.http.post(self.base + path, data=edit(await self.offer()), headers=SDP)
+        if response.status == 201:
+            self.url = self.base + response.headers["Location"]
+            await self.connection.setRemoteDescription(RTCSessionDescription(await response.text(), "answer"))
+        return response
+
+    async def leave(self) -> int:
+        async with self.http.delete(self.url) as response:
+            return response.status
+
+    async def close(self) -> None:
+        await self.connection.close()
+        # One that never connected has a track that never ends.
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await self.http.close()
+
+
+class House:
+    """A server and its clients."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.http = aiohttp.ClientSession()
+        self.clients: list[Client] = []
+
+    def publisher(self, **options: Any) -> Client:
+        self.clients.append(Client(self.base, publishes=True, **options))
+        return self.clients[-1]
+
+    def player(self, **options: Any) -> Client:
+        self.clients.append(Client(self.base, publishes=False, **options))
+        return self.clients[-1]
+
+    async def get(self, path: str) -> Any:
+        async with self.http.get(self.base + path) as response:
+            return await response.json()
+
+    async def stream(self, name: str) -> dict[str, Any]:
+        streams = (await self.get("/api/v1/streams"))["streams"]
+        return next((one for one in streams if one["stream"] == name), {})
+
+
+@asynccontextmanager
+async def open_house(**settings: Any) -> AsyncIterator[House]:
+    chosen = ServerSettings(
+        port=0,
+        engine_kind="fake",
+        engine=EngineSettings(width=64, height=64),
+        **{"max_sessions": 2, "max_fps": 24, **settings},
+    )
+    async with running_server(chosen, FakeEngine(64, 64, delay_s=0.02, max_streams=4)) as (_, port):
+        house = House(f"http://127.0.0.1:{port}")
+        try:
+            yield house
+        finally:
+            for client in house.clients:
+                await client.close()
+            await house.http.close()
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    async with open_house() as made:
+        yield made
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain for {what}") from None
+
+
+def shows(client: Client, **params: Any) -> bool:
+    """Whether the newest picture is the grey as the parameters paint it."""
+    if not client.pictures:
+        return False
+    grey = tint(np.full((1, 1, 1, 3), 100, np.uint8), StreamParams(**params))[0, 0, 0].astype(float)
+    return bool(np.abs(np.median(client.pictures[-1][1], axis=(0, 1)) - grey).max() < 25)
+
+
+# --- the picture
+
+
+@pytest.mark.parametrize("codec", ["video/VP8", "video/H264"])
+async def test_two_viewers_get_the_restyled_picture_and_it_is_encoded_once(house: House, codec: str) -> None:
+    publisher = house.publisher(codec=codec, sound=True)
+    response = await publisher.enter("/whip/studio?prompt=neon&strength=1.0&seed=3")
+    assert response.status == 201 and response.headers["ETag"].startswith('"')
+    players = [house.player(codec=codec, sound=True), house.player(codec=codec)]
+    for player in players:
+        assert (await player.enter("/whep/studio")).status == 201
+    for player in players:
+        await until(lambda player=player: shows(player, prompt="neon", seed=3), "the restyled picture")
+    await until(lambda: players[0].sounds > 20, "sound")
+    for player in players:
+        count = len(player.pictures)
+        await until(lambda player=player, count=count: len(player.pictures) > count + 24, "a second of pictures")
+    figures = Counter((await house.stream("studio"))["broadcast"])
+    # Each encoded frame left for both viewers; from the second's arrival on that is twice as many as were encoded.
+    assert figures["frames_encoded"] < figures["video_frames_sent"] <= 2 * figures["frames_encoded"]
+    assert figures["video_frames_sent"] > 1.5 * figures["frames_encoded"]
+    assert figures["key_frames_asked"] <= 6
+    assert (await house.stream("studio"))["viewers"] == 2
+
+
+async def test_without_viewers_nothing_is_encoded_and_with_two_codecs_there_are_two_encoders(house: House) -> None:
+    await house.publisher().enter("/whip/live")
+    async with asyncio.timeout(PATIENCE_S):
+        while not (figures := await house.stream("live")) or figures["stats"]["state"] != "restyled":
+            await asyncio.sleep(0.05)
+    assert figures["broadcast"].get("frames_encoded", 0) == 0
+    vp8, h264 = house.player(), house.player(codec="video/H264")
+    await vp8.enter("/whep/live")
+    await h264.enter("/whep/live")
+    await until(lambda: len(vp8.pictures) > 30 and len(h264.pictures) > 30, "pictures in both codecs")
+    assert await vp8.leave() == await h264.leave() == 200
+    before = (await house.stream("live"))["broadcast"]
+    await asyncio.sleep(0.5)
+    after = await house.stream("live")
+    assert after["broadcast"] == before and after["viewers"] == 0
+
+
+async def test_a_stream_is_restyled_by_rest(house: House) -> None:
+    await house.publisher().enter("/live/whip?prompt=neon")
+    player = house.player()
+    await player.enter("/live/whep")
+    await until(lambda: shows(player, prompt="neon"), "neon")
+    url = house.base + "/api/v1/streams/live"
+    async with house.http.patch(url, json={"prompt": "a calm sea"}) as response:
+        assert response.status == 200 and (await response.json())["params"]["prompt"] == "a calm sea"
+    await until(lambda: shows(player, prompt="a calm sea"), "the new style")
+    async with house.http.patch(url, json={"bypass": True}) as response:
+        assert (await response.json())["bypass"] is True
+    await until(lambda: shows(player, strength=0.0), "the camera")
+    for body, status in (({"strength": 3}, 400), ({"nonsense": 1}, 400)):
+        async with house.http.patch(url, json=body) as response:
+            assert response.status == status
+    async with house.http.patch(house.base + "/api/v1/streams/other", json={}) as response:
+        assert response.status == 404
+
+
+async def test_viewers_stay_when_the_publisher_goes_and_see_it_return(house: House) -> None:
+    first = house.publisher()
+    await first.enter("/whip/live?prompt=neon")
+    player = house.player()
+    await player.enter("/whep/live")
+    await until(lambda: shows(player, prompt="neon"), "neon")
+    assert await first.leave() == 200
+    assert (await house.stream("live"))["live"] is False
+    neon = tint(np.full((1, 1, 1, 3), 100, np.uint8), StreamParams(prompt="neon"))[0, 0, 0].astype(float)
+    await until(
+        lambda: np.abs(np.median(player.pictures[-1][1], axis=(0, 1)) - neon / 2).max() < 20, "a darker picture"
+    )
+    late = house.player()
+    assert (await late.enter("/whep/live")).status == 201
+    await until(lambda: late.pictures, "the last picture for who comes now")
+    await house.publisher().enter("/whip/live?prompt=neon")
+    await until(lambda: shows(player, prompt="neon") and shows(late, prompt="neon"), "the picture after the return")
+
+
+async def test_a_stream_ends_when_its_publisher_stays_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.whip.RETURN_S", 0.5)
+    publisher, player = house.publisher(), house.player()
+    await publisher.enter("/whip/live")
+    await player.enter("/whep/live")
+    await until(lambda: player.pictures, "a picture")
+    await publisher.leave()
+    await until(lambda: player.connection.connectionState == "closed", "the end of the stream")
+    assert (await house.get("/api/v1/streams"))["streams"] == []
+
+
+async def test_a_silent_publisher_makes_way(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.whip.SILENT_S", 0.0)
+    first, second = house.publisher(), house.publisher()
+    await first.enter("/whip/live")
+    assert (await second.enter("/whip/live")).status == 201
+    async with house.http.delete(first.url) as response:
+        assert response.status == 404
+
+
+@pytest.mark.parametrize("profile", ["42e01f", "42001f", "4d001f", "64001f", "640c1f", "640028"])
+async def test_every_profile_that_obs_names_is_taken(house: House, profile: str) -> None:
+    publisher = house.publisher(codec="video/H264")
+
+    def as_obs(sdp: str) -> str:
+        """One H.264 payload type and no candidates, as libdatachannel offers it."""
+        kept = [line for line in sdp.splitlines() if not line.startswith(("a=candidate", "a=end-of"))]
+        text = "\r\n".join(kept) + "\r\n"
+        return re.sub(r"profile-level-id=\w+", f"profile-level-id={profile}", text)
+
+    response = await publisher.enter("/whip/obs", as_obs)
+    answer = await response.text()
+    assert response.status == 201, answer
+    assert f"profile-level-id={profile[:4]}" in answer
+    assert "a=recvonly" in answer and "a=candidate:" in answer and "a=setup:passive" in answer
+    assert answer.count("a=rtcp-mux-only") == 1
+
+
+# --- HTTP
+
+
+async def test_status_codes_and_headers(house: House) -> None:
+    publisher = house.publisher()
+    offer = await publisher.offer()
+    whip, whep = house.base + "/whip/live", house.base + "/whep/live"
+    table: list[tuple[str, str, dict[str, Any], int]] = [
+        ("POST", whip, {"data": offer, "headers": {"Content-Type": "application/json"}}, 415),
+        ("POST", whip, {"data": "hello", "headers": SDP}, 400),
+        ("POST", whip, {"data": "v=0\r\n" + "a=x\r\n" * 4000, "headers": SDP}, 413),
+        ("POST", whip, {"data": "x" * 50_000, "headers": SDP}, 413),
+        ("POST", whip, {"data": b"\xff\xfe", "headers": SDP}, 400),
+        ("POST", whip + "?strength=7", {"data": offer, "headers": SDP}, 400),
+        ("POST", whip + "?steps=99", {"data": offer, "headers": SDP}, 400),
+        ("POST", whip + "?strenght=1", {"data": offer, "headers": SDP}, 400),
+        ("POST", house.base + "/whip/no%20name", {"data": offer, "headers": SDP}, 400),
+        ("POST", whip, {"data": offer.replace("a=sendonly", "a=recvonly"), "headers": SDP}, 422),
+        ("POST", whip, {"data": re.sub("VP8/90000", "H265/90000", offer), "headers": SDP}, 422),
+        ("POST", whip, {"data": re.sub("VP8/90000", "AV1/90000", offer), "headers": SDP}, 422),
+        ("POST", whep, {"data": offer, "headers": SDP}, 422),
+        ("POST", whep, {"data": offer.replace("a=sendonly", "a=recvonly"), "headers": SDP}, 404),
+        ("PUT", whip, {"data": offer, "headers": SDP}, 405),
+        ("DELETE", whip, {}, 405),
+        ("GET", whip, {}, 204),
+        ("HEAD", whep, {}, 200),
+        ("OPTIONS", whip, {}, 200),
+        ("OPTIONS", whep, {}, 200),
+        ("OPTIONS", whip + "/any", {}, 200),
+        ("PATCH", whip + "/any", {"data": "a=end-of-candidates\r\n", "headers": FRAGMENT}, 404),
+        ("DELETE", whip + "/any", {}, 404),
+        ("DELETE", whep + "/any", {}, 404),
+        ("POST", whip + "/any", {}, 405),
+    ]
+    for method, url, rest, status in table:
+        async with house.http.request(method, url, **rest) as response:
+            assert response.status == status, (method, url, rest, await response.text())
+            if status >= 400:
+                assert response.content_type == "application/problem+json"
+                assert set(await response.json()) >= {"code", "message", "retryable"}
+            if status == 405:
+                assert "OPTIONS" in response.headers["Allow"]
+            if method == "OPTIONS" and not url.endswith("any"):
+                assert response.headers["Accept-Post"] == "application/sdp"
+            if url == whep and status == 404:
+                assert int(response.headers["Retry-After"]) > 0
+    assert (await house.get("/api/v1/capacity"))["open"] == 0
+
+
+async def test_a_session_is_trickled_not_restarted_and_deleted(house: House) -> None:
+    publisher = house.publisher()
+    response = await publisher.enter("/whip/live")
+    url, etag = publisher.url, response.headers["ETag"]
+    ufrag = re.search(r"a=ice-ufrag:(\S+)", publisher.connection.localDescription.sdp)
+    assert ufrag is not None
+    good = f"a=ice-ufrag:{ufrag[1]}\r\na=ice-pwd:x\r\nm=video 9 UDP/TLS/RTP/SAVPF 0\r\na=mid:0\r\n"
+    good += "a=candidate:1 1 udp 2130706431 127.0.0.1 40000 typ host\r\na=candidate:2 1 tcp 1 nonsense\r\n"
+    for body, headers, status in (
+        (good, FRAGMENT, 204),
+        (good, FRAGMENT | {"If-Match": etag}, 204),
+        (good, FRAGMENT | {"If-Match": '"another"'}, 412),
+        (good, SDP, 415),
+        ("hello", FRAGMENT, 400),
+        ("", FRAGMENT, 400),
+        (good.replace(ufrag[1], "other"), FRAGMENT | {"If-Match": "*"}, 422),
+    ):
+        async with house.http.patch(url, data=body, headers=headers) as patched:
+            assert patched.status == status, (body, await patched.text())
+    async with house.http.delete(url, headers={"If-Match": '"ignored"'}) as deleted:
+        assert deleted.status == 200
+    assert (await house.get("/api/v1/capacity"))["open"] == 0
+
+
+async def test_one_publisher_a_stream_and_as_many_as_there_are_seats(house: House) -> None:
+    assert (await house.publisher().enter("/whip/a")).status == 201
+    taken = await house.publisher().enter("/whip/a")
+    assert taken.status == 409 and (await taken.json())["code"] == "already_published"
+    second = house.publisher()
+    assert (await second.enter("/whip/b")).status == 201
+    full = await house.publisher().enter("/whip/c")
+    assert full.status == 503 and int(full.headers["Retry-After"]) > 0
+    assert await second.leave() == 200
+    assert (await house.publisher().enter("/whip/c")).status == 201
+
+
+async def test_viewers_are_bounded() -> None:
+    async with open_house(max_viewers=1) as house:
+        await house.publisher().enter("/whip/live")
+        first = house.player()
+        assert (await first.enter("/whep/live")).status == 201
+        refused = await house.player().enter("/whep/live")
+        assert refused.status == 503 and int(refused.headers["Retry-After"]) > 0
+        assert await first.leave() == 200
+        assert (await house.player().enter("/whep/live")).status == 201
+
+
+async def test_a_token_is_asked_for_when_there_is_one() -> None:
+    async with open_house(whip_token="a secret") as house:
+        offer = await house.publisher().offer()
+        for given, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer wrong"}, 401),
+            ({"Authorization": "Basic a secret"}, 401),
+            ({"Authorization": "Bearer a secret"}, 201),
+        ):
+            async with house.http.post(house.base + "/whip/live", data=offer, headers=SDP | given) as response:
+                assert response.status == status
+                location = response.headers.get("Location")
+                assert status == 201 or response.headers["WWW-Authenticate"].startswith("Bearer")
+        async with house.http.delete(f"{house.base}{location}") as response:
+            assert response.status == 401
+        async with house.http.get(house.base + "/api/v1/streams") as response:
+            assert response.status == 401
+        page = {"Origin": "https://elsewhere.example"}
+        async with house.http.options(house.base + "/whip/live", headers=page) as response:
+            assert response.status == 200 and response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+async def test_pages_of_other_origins_need_leave() -> None:
+    async with open_house(allowed_origins=("https://studio.example",)) as house:
+        offer = await house.publisher().offer()
+        url = house.base + "/whip/live"
+        for origin, status in (("https://elsewhere.example", 403), ("https://studio.example", 201)):
+            async with house.http.options(url, headers={"Origin": origin}) as response:
+                assert response.status == 200
+                assert response.headers.get("Access-Control-Allow-Origin") == (origin if status == 201 else None)
+            async with house.http.post(url, data=offer, headers=SDP | {"Origin": origin}) as response:
+                assert response.status == status
+        for name in ("Location", "Link", "ETag", "Retry-After"):
+            assert name in response.headers["Access-Control-Expose-Headers"]
+
+
+class StunServer(asyncio.DatagramProtocol):
+    """Tells whoever asks where it asks from."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.DatagramTransport)
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        asked = stun.parse_message(data)
+        answer = stun.Message(stun.Method.BINDING, stun.Class.RESPONSE, asked.transaction_id)
+        answer.attributes["XOR-MAPPED-ADDRESS"] = addr
+        self._transport.sendto(bytes(answer), addr)
+
+
+async def test_ice_servers_are_linked() -> None:
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(StunServer, local_addr=("127.0.0.1", 0))
+    server = f"stun:127.0.0.1:{transport.get_extra_info('sockname')[1]}"
+    async with open_house(media={"ice_servers": (server,)}) as house:
+        response = await house.publisher().enter("/whip/live")
+        assert response.headers["Link"] == f'<{server}>; rel="ice-server"'
+    transport.close()
+
+
+# --- parts
+
+
+async def test_a_viewer_who_is_behind_goes_on_from_a_key_frame() -> None:
+    counters: Counter[str] = Counter()
+    stopped: list[Subscription] = []
+    subscription = Subscription("video", counters, stopped.append)
+
+    def delta(ticks: int) -> Encoded:
+        return Encoded([b""], ticks, key_frame=False)
+
+    assert subscription.push(delta(0))  # nothing to build upon
+    assert not subscription.push(Encoded([b""], 1, key_frame=True))
+    for ticks in range(2, MAX_HELD["video"] + 1):
+        assert not subscription.push(delta(ticks))
+    assert subscription.push(delta(98)) and subscription.push(delta(99))
+    assert not subscription.push(Encoded([b""], 100, key_frame=True))
+    assert (await subscription.next()).ticks == 100
+    assert counters == {"viewer_frames_skipped": 2, "viewer_frames_dropped": MAX_HELD["video"] + 1}
+    subscription.stop()
+    with pytest.raises(MediaStreamError):
+        await subscription.next()
+    assert stopped == [subscription]
+
+
+def test_a_fragment_is_read_by_section() -> None:
+    fragment = parse_fragment("a=ice-ufrag:abc\na=ice-pwd:x\nm=audio 9 X 0\na=mid:7\na=candidate:1 1 udp\n")
+    assert fragment.ufrag == "abc"
+    assert fragment.candidates == [{"candidate": "candidate:1 1 udp", "sdpMid": "7"}]
+    assert parse_fragment("a=candidate:1 1 udp\n").candidates == [{"candidate": "candidate:1 1 udp"}]
+    assert parse_fragment("a=end-of-candidates\n").candidates == []
+
+
+def test_a_refused_codec_is_named_with_the_cure() -> None:
+    with pytest.raises(ServerError, match=r"has H265; .*H\.264 encoder") as caught:
+        check_codecs("m=video\r\na=rtpmap:96 H265/90000\r\na=rtpmap:97 rtx/90000\r\n")
+    assert caught.value.status == 422
+    check_codecs("a=rtpmap:96 AV1/90000\r\na=rtpmap:98 h264/90000\r\n")
