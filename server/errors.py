@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from http import HTTPStatus
 
 from aiohttp import web
 
@@ -110,8 +111,18 @@ class ShuttingDown(ServerError):
 
 
 def problem(error: ServerError) -> web.Response:
-    """The `application/problem+json` answer of an error, with Retry-After where one is known."""
-    body: dict[str, object] = {"code": error.code, "message": str(error), "retryable": error.retryable}
+    """The `application/problem+json` answer of an error (RFC 9457), with Retry-After where one is known.
+
+    Beside the RFC's own members stand `code` and `message`, which the page reads.
+    """
+    body: dict[str, object] = {
+        "title": HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "detail": str(error),
+        "code": error.code,
+        "message": str(error),
+        "retryable": error.retryable,
+    }
     body |= error.details
     headers = dict(error.headers)
     if error.retry_after_s is not None:

@@ -13,10 +13,13 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
 from engine.api import StreamParams
@@ -105,7 +108,7 @@ class Fragment:
     candidates: list[dict[str, object]]
 
 
-class Whip:
+class Whip(Collector):
     """The streams of a server and the handlers of WHIP and WHEP."""
 
     def __init__(self, context: SessionContext, registry: SessionRegistry) -> None:
@@ -113,6 +116,9 @@ class Whip:
         self._registry = registry
         self._streams: dict[str, Stream] = {}
         self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
+        # Of the streams that are over.
+        self._counted: Counter[str] = Counter()
+        context.metrics.registry.register(self)
         self._closing = False
         self._tick_task: asyncio.Task[None] | None = None
 
@@ -406,6 +412,21 @@ class Whip:
             "broadcast": dict(stream.broadcast.counters),
         }
 
+    # --- figures
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus is told: viewers now, and everything that broadcasts have counted."""
+        streams = list(self._streams.values())
+        viewers = sum(len(stream.viewers) for stream in streams)
+        yield GaugeMetricFamily("livebrush_viewers", "WHEP viewers of all streams", value=viewers)
+        events = CounterMetricFamily(
+            "livebrush_broadcast", "What broadcasts encoded, sent and dropped", labels=["what"]
+        )
+        total = sum((stream.broadcast.counters for stream in streams), self._counted)
+        for what, count in sorted(total.items()):
+            events.add_metric([what], count)
+        yield events
+
     # --- lifetime
 
     async def _start(self, app: web.Application) -> None:
@@ -436,6 +457,7 @@ class Whip:
         del self._streams[stream.name]
         await self._end(list(stream.viewers.values()))
         stream.broadcast.close()
+        self._counted += stream.broadcast.counters
 
 
 def parse_fragment(text: str) -> Fragment:

@@ -216,6 +216,10 @@ async def test_without_viewers_nothing_is_encoded_and_with_two_codecs_there_are_
     await asyncio.sleep(0.5)
     after = await house.stream("live")
     assert after["broadcast"] == before and after["viewers"] == 0
+    async with house.http.get(house.base + "/metrics") as response:
+        text = await response.text()
+    assert "livebrush_viewers 0.0" in text
+    assert f'livebrush_broadcast_total{{what="frames_encoded"}} {before["frames_encoded"]}.0' in text
 
 
 async def test_a_stream_is_restyled_by_rest(house: House) -> None:
@@ -333,7 +337,9 @@ async def test_status_codes_and_headers(house: House) -> None:
             assert response.status == status, (method, url, rest, await response.text())
             if status >= 400:
                 assert response.content_type == "application/problem+json"
-                assert set(await response.json()) >= {"code", "message", "retryable"}
+                problem = await response.json()
+                assert set(problem) >= {"code", "message", "retryable", "title", "detail"}
+                assert problem["status"] == status
             if status == 405:
                 assert "OPTIONS" in response.headers["Allow"]
             if method == "OPTIONS" and not url.endswith("any"):
