@@ -13,6 +13,9 @@ sink refresh. A bundle folder has
 
 and the output one safetensors with latent_CCC [frames, z, h, w] (clean, before de-normalising) and frames_CCC
 [n, 3, H, W] (clamped to [-1, 1]), float32, for every chunk; beside it FILE.json with the time of its parts.
+
+With `--ranks N` the run goes over a ring of N processes (`engine.ring`): the same numbers for every N, bit for bit in
+float32. Without it, it runs in this process, where the steps of successive chunks share a pass, which rounds otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +42,8 @@ from engine.api import EngineError, StreamParams
 from engine.config import WAN_SAMPLING, CacheConfig, MotionConfig, SamplingConfig, ServingProfile
 from engine.kv_cache import CacheRow, KVPool
 from engine.pipeline import Mode, Pipeline
+from engine.ring import StagePool
+from engine.ring_group import RingGroup, RingResult, RingSpec, RingStats
 from engine.session import Item, SessionState
 from engine.wan.checkpoints import check_shapes, transformer_from_original
 from engine.wan.presets import TransformerConfig
@@ -338,6 +344,72 @@ class Replay:
         return {"sessions": [{**parts, "schedule": self.schedule}]}
 
 
+class PublishedStage(PublishedSlots, StagePool):
+    """`PublishedSlots` on the ranks of a ring."""
+
+    def rows_of_steps(self, rows: list[CacheRow]) -> list[CacheRow]:
+        """See `StagePool.rows_of_steps`."""
+        if not hasattr(self, "_later"):
+            self._later = LaterSteps(rows[0].index)
+        return [rows[0]] + [self._later] * (len(rows) - 1)
+
+
+def _bundle_model(folder: Path, rank: int) -> Model:
+    return Bundle.read(folder).model
+
+
+class RingReplay:
+    """One run over a bundle on several ranks; see `Replay`."""
+
+    def __init__(self, folder: Path, mode: Mode, ranks: int, *, slots: Slots = "published", threads: int = 1) -> None:
+        self.bundle = Bundle.read(folder)
+        height, width = self.bundle.video.shape[2:]
+        self._load = partial(_bundle_model, folder)
+        self._spec = RingSpec(
+            ranks,
+            width,
+            height,
+            streams=1,
+            mode=mode,
+            span=self.bundle.spec.frames_per_block,
+            raw=True,
+            threads=threads,
+            pool_type=PublishedStage if slots == "published" and mode == "sequential" else StagePool,
+        )
+        self.schedule: list[list[float]] = []
+        self.results: dict[str, Tensor] = {}
+        self._stats: RingStats | None = None
+
+    def run(self) -> None:
+        """Render every chunk. Raises RankLost, BundleError."""
+        spec = self.bundle.spec
+        with RingGroup(self._load, self._spec) as group:
+            group.open("replay", StreamParams(steps=len(spec.timesteps)), self.bundle.noise)
+            for chunk in range(spec.chunks + 1):
+                group.submit("replay", self.bundle.chunk(chunk))
+            for result in group.finish(timeout_s=3600.0):
+                self._keep(result)
+            self._stats = group.stats()
+
+    def _keep(self, result: RingResult) -> None:
+        assert result.latent is not None  # a raw ring, and the prompt is given
+        assert result.pixels is not None
+        self.results[f"latent_{result.chunk:03d}"] = result.latent.float().contiguous()
+        self.results[f"frames_{result.chunk:03d}"] = result.pixels.float().clamp(-1, 1).contiguous()
+        if result.chunk and result.first_step is not None:
+            self.schedule.append(list(result.first_step))
+
+    def report(self) -> dict[str, Any]:
+        """What goes into FILE.json; times by the clock, of a chunk, and of one pass on every rank."""
+        stats = self._stats
+        assert stats is not None  # run first
+        steps = len(self.bundle.spec.timesteps)
+        times = {"encode": stats.encode_s, "dit": steps * sum(stats.rank_s), "decode": stats.decode_s}
+        parts = {part: {"wall_ms": round(1e3 * time_s, 3)} for part, time_s in times.items()}
+        ranks = {"bounds": stats.bounds, "pass_ms": [round(1e3 * time_s, 3) for time_s in stats.rank_s]}
+        return {"sessions": [{**parts, "schedule": self.schedule}], "ranks": ranks}
+
+
 def _tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
@@ -348,6 +420,14 @@ def _tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
     if missing := [name for name in names if name not in tensors]:
         raise BundleError(f"{path} has no {', '.join(missing)}")
     return tensors
+
+
+def _replay(options: argparse.Namespace) -> Replay | RingReplay:
+    if options.ranks is None:
+        return Replay(Bundle.read(options.bundle), options.mode, slots=options.slots, compile_pass=options.compile)
+    if options.compile:
+        raise ValueError("--compile is for a run without --ranks: leave one of them out")
+    return RingReplay(options.bundle, options.mode, options.ranks, slots=options.slots, threads=options.threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -364,11 +444,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile each pass")
+    parser.add_argument("--ranks", type=int, metavar="N", help="a ring of N processes (default: none, this process)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     torch.set_num_threads(options.threads)
     try:
-        replay = Replay(Bundle.read(options.bundle), options.mode, slots=options.slots, compile_pass=options.compile)
+        replay = _replay(options)
         replay.run()
     except (BundleError, EngineError, ValueError) as error:
         print(f"replay: {error}", file=sys.stderr)

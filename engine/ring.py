@@ -216,6 +216,10 @@ class StagePool(KVPool):
                     self.changes.append((Change.FOLD, row.index, slot, int(self.held[row.index, slot]) % self.sinks))
         super()._fold_evicted(rows, index, slots)
 
+    def rows_of_steps(self, rows: list[CacheRow]) -> list[CacheRow]:
+        """The rows that a chunk's steps use; for comparisons with other caches."""
+        return rows
+
     def follow(self, change: tuple[int, int, int, int]) -> None:
         """Do as rank 0 did; to keys and values alone, for rank 0 sends the rest with each pass."""
         kind, row, other, sink = change
@@ -465,12 +469,12 @@ class _Pass:
 @dataclass(frozen=True)
 class Done:
     """A chunk that is done. rendered: None where pixels are wanted as the decoder made them [T, 3, H, W]; pixels and
-    latent are None where there was no prompt yet."""
+    item are None where there was no prompt yet."""
 
     key: str
     chunk: int
     rendered: Rendered | None
-    latent: Tensor | None
+    item: Item | None
     pixels: Tensor | None
 
 
@@ -582,7 +586,8 @@ class RingHead(Pipeline):
     def take_clean(self, words: Sequence[float], clean: Tensor) -> None:
         """What came back on the wire for latents."""
         order = Order.read(words, self.layout)
-        self._returned(order, clean.view(1, order.frames, *self._latent))
+        shape = (1, order.frames, *self._latent)
+        self._returned(order, clean[: torch.Size(shape).numel()].view(shape))
 
     @torch.inference_mode()
     def take_frames(self, words: Sequence[float], pixels: Tensor) -> None:
@@ -666,6 +671,7 @@ class RingHead(Pipeline):
             began = time.perf_counter()
             item = self.take_in(state, self._as_pixels(frames))
             self.encode_s = time.perf_counter() - began
+            item.rows = self.ring_pool.rows_of_steps(item.rows)
             if item.pipelined:
                 state.in_flight.append(item)
                 self.batch.begin(item)
@@ -820,10 +826,10 @@ class RingHead(Pipeline):
             if job.stale:
                 continue
             if self._raw:
-                self.done.append(Done(key, item.chunk, None, item.clean[0], pixels))
+                self.done.append(Done(key, item.chunk, None, item, pixels))
             else:
                 self._pixels = pixels
-                self.done.append(Done(key, item.chunk, self._finish(item), item.clean[0], None))
+                self.done.append(Done(key, item.chunk, self._finish(item), item, None))
 
     def _contextualise(self, states_LK: Tensor, mean_K: Tensor) -> PromptContext:
         """See `Pipeline`; every rank learns the text."""

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from engine.api import EngineError, RankLost, StreamParams
 from engine.partition import even_split
 from engine.pipeline import Mode
-from engine.ring import Layout, RingHead, Sizes, Stage, StagePool, serve
+from engine.ring import Done, Layout, RingHead, Sizes, Stage, StagePool, serve
 from engine.session import NoiseSource
 from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, meet, open_wire
 from engine.wan.weights import Model
@@ -74,13 +74,14 @@ class RingSpec:
 @dataclass(frozen=True)
 class RingResult:
     """A chunk that is done. frames: uint8 [T, H, W, 3]; or, of a raw ring, latent [T, C, H, W] and pixels [T, 3, H, W],
-    not clamped. All None where no prompt was known yet."""
+    not clamped, and the share of noise and the timestep of its first step. All None where no prompt was known yet."""
 
     stream: str
     chunk: int
     frames: Tensor | None
-    latent: Tensor | None
-    pixels: Tensor | None
+    latent: Tensor | None = None
+    pixels: Tensor | None = None
+    first_step: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -388,11 +389,17 @@ def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tu
         except EngineError as error:
             raise PeerGone(f"a text could not be encoded: {error}") from error
         while head.done:
-            done = head.done.popleft()
-            frames = None if done.rendered is None or done.rendered.frames is None else done.rendered.frames.cpu()
-            raw = [None if tensor is None else tensor.cpu().clone() for tensor in (done.latent, done.pixels)]
-            result = RingResult(done.key, done.chunk, frames, *(raw if spec.raw else (None, None)))
-            pipe.send_bytes(pickle.dumps(("result", result)))
+            pipe.send_bytes(pickle.dumps(("result", _result(head.done.popleft()))))
+
+
+def _result(done: Done) -> RingResult:
+    if done.item is None or done.pixels is None:
+        frames = None if done.rendered is None or done.rendered.frames is None else done.rendered.frames.cpu()
+        return RingResult(done.key, done.chunk, frames)
+    schedule = done.item.schedule
+    first = (float(schedule.mix), float(schedule.timesteps[0])) if schedule.steps else None
+    latent, pixels = (tensor.cpu().clone() for tensor in (done.item.clean[0], done.pixels))
+    return RingResult(done.key, done.chunk, None, latent, pixels, first)
 
 
 def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection) -> None:

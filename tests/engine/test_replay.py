@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.pipeline import Mode
-from engine.replay import Bundle, BundleError, Replay, Slots, main, read_spec
+from engine.replay import Bundle, BundleError, Replay, RingReplay, Slots, main, read_spec
 from engine.wan.weights import WeightsError
 from tests.engine.oracle import Mode as OracleMode
 from tests.engine.oracle import Spec, make_bundle, run_bundle
@@ -198,6 +198,43 @@ def test_the_command_reports_a_broken_bundle_without_a_traceback(
     assert said.startswith("replay: cannot read ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "slots", "change"),
+    [
+        ("batch", "published", {"steps": STEPS}),
+        ("sequential", "published", {"steps": STEPS[:2]}),
+        # Chunks of two latent frames, the first of three: more than one piece on the wire.
+        ("batch", "plain", {"frames_per_block": 2, "steps": STEPS[:1], "chunks": 4}),
+    ],
+    ids=["batch", "sequential", "long chunks"],
+)
+def test_ranks_change_nothing(tmp_path: Path, mode: Mode, slots: Slots, change: dict[str, Any]) -> None:
+    spec = dataclasses.replace(SMALL, layers=3, **change)
+    folder = make_bundle(tmp_path / "bundle", spec, seed=11)
+    runs = [RingReplay(folder, mode, ranks, slots=slots) for ranks in (1, 3)]
+    for run in runs:
+        run.run()
+    one, three = runs
+    plain = Replay(Bundle.read(folder), mode, slots=slots)
+    plain.run()
+    # The steps of successive chunks in one pass round otherwise, and the cache carries that on.
+    assert largest_error(one.results, plain.results) < (2e-6 if mode == "batch" else 1e-9)
+    assert largest_error(one.results, run_bundle(folder, "batch" if mode == "batch" else "slipping")) < 1e-5
+    assert one.results.keys() == three.results.keys()
+    assert all(torch.equal(one.results[name], three.results[name]) for name in one.results)
+    assert one.schedule == three.schedule == plain.schedule
+    assert three.report()["ranks"]["bounds"] == (0, 1, 2, 3)
+
+
+def test_a_compiled_ring_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out.safetensors")
+    assert main(["--bundle", str(bundle), "--out", out, "--ranks", "2", "--compile"]) == 1
+    assert main(["--bundle", str(bundle), "--out", out, "--ranks", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "leave one of them out" in said
+    assert "ranks 0" in said
 
 
 def test_the_command_writes_tensors_and_a_report(bundle: Path, tmp_path: Path) -> None:

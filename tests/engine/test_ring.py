@@ -91,10 +91,10 @@ class Alone:
             head.fill()
         results: Results = {}
         for done in head.done:
-            assert done.latent is not None
+            assert done.item is not None
             assert done.pixels is not None
             assert (done.key, done.chunk) not in results
-            results[done.key, done.chunk] = done.latent, done.pixels
+            results[done.key, done.chunk] = done.item.clean[0], done.pixels
         return results
 
 
