@@ -190,8 +190,10 @@ class _Measured:
             return
         middle = statistics.median(self.samples)
         if middle > 0:
-            # Within the window: a change of pace between two windows is no noise. Of a median, hence the factor.
-            spread = 1.25 * statistics.pstdev(self.samples) / middle / math.sqrt(len(self.samples))
+            # Within the window: a change of pace between two windows is no noise. From quartiles, for a pass that was
+            # interrupted tells nothing; of a median, hence the 1.25.
+            deviation = (_quantile(self.samples, 0.75) - _quantile(self.samples, 0.25)) / 1.35
+            spread = 1.25 * deviation / middle / math.sqrt(len(self.samples))
             self.error = spread if self.level_s is None else self.error + smoothing * (spread - self.error)
         self.samples.clear()
         known = self.level_s
@@ -295,6 +297,12 @@ class Balancer:
             known = level is not None and expected[unit] < math.inf
             row.append(level if known and level is not None else expected[unit] * pace)
         return row
+
+
+def _quantile(samples: Sequence[float], share: float) -> float:
+    ordered, place = sorted(samples), share * (len(samples) - 1)
+    below = math.floor(place)
+    return ordered[below] + (place - below) * (ordered[math.ceil(place)] - ordered[below])
 
 
 def _owners(bounds: Sequence[int]) -> list[int]:
