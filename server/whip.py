@@ -430,7 +430,7 @@ class Whip(Collector):
     # --- lifetime
 
     async def _start(self, app: web.Application) -> None:
-        self._tick_task = asyncio.create_task(self._tick(), name="whip/tick")
+        self._tick_task = asyncio.create_task(self._tick(), name="whip")
 
     async def _close(self, app: web.Application) -> None:
         self._closing = True
