@@ -32,7 +32,7 @@ from engine.api import Capacity
 from server.settings import ServerSettings
 
 # Rates there are, and nothing between: a rate that creeps is a picture that stutters.
-RATES_FPS = (60.0, 30.0, 24.0, 20.0, 15.0, 12.0, 10.0, 8.0, 6.0, 5.0)
+RATES_FPS = (60.0, 30.0, 24.0, 20.0, 15.0, 12.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
 # Share of the engine's time that may be needed: to stay, to move down to or admit somebody to, and to move up to.
 STAY_LOAD = 0.95
 PROMISE_LOAD = 0.85

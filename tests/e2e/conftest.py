@@ -55,6 +55,5 @@ def context(windows: Callable[[], BrowserContext]) -> BrowserContext:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server as users start it; with the stand-in engine only where the model's weights are not built yet."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    # However busy the machine is: a lower rate is agreed, nobody is refused.
-    with Server(log, engine="local" if has_model() else "fake", LIVEBRUSH_MIN_FPS="0.5") as running:
+    with Server(log, engine="local" if has_model() else "fake", patient=True) as running:
         yield running

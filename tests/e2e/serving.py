@@ -19,6 +19,8 @@ from engine.config import EngineSettings
 
 SCRIPT = Path(sys.executable).with_name("livebrush")
 STOP_TIMEOUT_S = 20
+# However busy the machine is: a lower rate is agreed, nobody is refused and nobody falls back to the camera.
+PATIENT = {"LIVEBRUSH_MIN_FPS": "0.5", "LIVEBRUSH_LATENCY_BUDGET_S": "10"}
 
 
 def has_model() -> bool:
@@ -33,13 +35,20 @@ class Server:
     """`livebrush serve` on loopback, from entering the context to leaving it."""
 
     def __init__(
-        self, log: Path, *, engine: str, port: int = 0, options: tuple[str, ...] = (), **settings: str
+        self,
+        log: Path,
+        *,
+        engine: str,
+        port: int = 0,
+        options: tuple[str, ...] = (),
+        patient: bool = False,
+        **settings: str,
     ) -> None:
         self.url = ""
         self.port = port
         self._log = log
         self._command = [str(SCRIPT), "serve", "--engine", engine, *options]
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **(PATIENT if patient else {}), **settings}
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:

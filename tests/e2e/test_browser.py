@@ -183,7 +183,7 @@ def test_leaving_frees_the_seat_with_a_goodbye(context: BrowserContext, server: 
 def test_a_server_that_is_gone_is_named_and_rejoined_with_the_same_settings(
     context: BrowserContext, tmp_path: Path, end: str
 ) -> None:
-    with Server(tmp_path / "server.log", engine="fake") as server:
+    with Server(tmp_path / "server.log", engine="fake", patient=True) as server:
         page = open_page(context, server, "?autostart=1&source=clip&prompt=ink+wash&strength=0.75")
         before = wait_for_figures(page, RESTYLED)
 
@@ -203,7 +203,7 @@ def test_a_server_that_is_gone_is_named_and_rejoined_with_the_same_settings(
 def test_a_full_server_is_waited_for_and_joined_when_a_seat_is_free(
     windows: Callable[[], BrowserContext], tmp_path: Path
 ) -> None:
-    with Server(tmp_path / "server.log", engine="fake", LIVEBRUSH_MAX_SESSIONS="1") as server:
+    with Server(tmp_path / "server.log", engine="fake", patient=True, LIVEBRUSH_MAX_SESSIONS="1") as server:
         first = open_page(windows(), server, "?autostart=1&source=clip")
         wait_for_figures(first, RESTYLED)
         second = open_page(windows(), server, "?autostart=1&source=clip")

@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[Server]:
     """The server as users start it, told nothing but the model, the device and the mode."""
     options = ("--model", str(model), "--devices", "cpu", "--mode", request.param)
-    with Server(tmp_path / "server.log", engine="local", options=options, LIVEBRUSH_MIN_FPS="0.5") as running:
+    with Server(tmp_path / "server.log", engine="local", options=options, patient=True) as running:
         yield running
 
 
