@@ -200,12 +200,8 @@ class SessionRegistry:
         self._stays.ended(self._context.clock() - session.metrics.offered_at)
         self._context.metrics.sessions.set(len(self._tasks))
         self._context.metrics.ended.labels(reason).inc()
-        metrics = session.metrics
-        ttff_s = "none" if metrics.ttff_s is None else f"{metrics.ttff_s:.3f}"
-        log.info(
-            "session %s ended: %s; %d frames due, %d late, dropped %s, ttff %s s",
-            *(session.id, reason, metrics.due, metrics.late, dict(metrics.dropped), ttff_s),
-        )
+        # Its figures stand in its own summary.
+        log.info("session %s ended: %s", session.id, reason)
 
     # --- the ladder
 
