@@ -17,9 +17,7 @@ GRID, TOKENS, HEADS, HEAD_DIM = (1, 2), 2, 2, 12
 LOOKS = 24
 
 
-def pool_of(
-    window: int, sinks: int, rows: int = 1, *, layers: int = 1, **cache: object
-) -> KVPool:
+def pool_of(window: int, sinks: int, rows: int = 1, *, layers: int = 1, **cache: object) -> KVPool:
     config = TransformerConfig(dim=24, heads=HEADS, layers=layers, window_frames=window, sink_frames=sinks)
     return KVPool(config, GRID, rows, cache=CacheConfig.model_validate(cache))
 
