@@ -45,6 +45,7 @@ def serve(options: argparse.Namespace) -> int:
     given: list[tuple[tuple[str, ...], str, object]] = [
         (("host",), "--host", options.host),
         (("port",), "--port", options.port),
+        (("media", "udp_ports"), "--udp-ports", options.udp_ports),
         (("engine_kind",), "--engine", options.engine),
         *_engine_flags(options),
         (("engine", "vae"), "--vae", options.vae),
@@ -204,6 +205,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=serve)
     parser.add_argument("--host", help="loopback address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
+    parser.add_argument("--udp-ports", metavar="LOW-HIGH", help="media only in this range (default: any port)")
     _add_engine_flags(parser)
     parser.add_argument("--engine", choices=("local", "fake"), help="the model, or a stand-in without one")
     parser.add_argument(

@@ -95,7 +95,7 @@ class Peer:
         self._publishes = publishes
         self._feed = feed
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="peer-codec")
-        self._guard = IceGuard(self._counters)
+        self._guard = IceGuard(self._counters, settings.udp_range)
         self._channels = Channels(self._counters)
         self._pictures = OutgoingVideo(self._counters)
         self._sound = DelayedAudio(lambda: self.video_delay_s, self._counters)

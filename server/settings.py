@@ -19,6 +19,11 @@ class MediaSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ice_servers: tuple[str, ...] = Field(default=(), description="stun: or turn: URLs; none is asked by default")
+    udp_ports: str = Field(
+        default="",
+        pattern=r"^(\d{1,5}-\d{1,5})?$",
+        description="LOW-HIGH, say 40000-40100: media comes in there, one port a peer; empty: any port",
+    )
     start_bitrate: PositiveInt = Field(default=1_500_000, description="bit/s, both ways, before any estimate")
     min_bitrate: PositiveInt = Field(default=300_000, description="bit/s")
     max_bitrate: PositiveInt = Field(default=4_000_000, description="bit/s")
@@ -27,6 +32,19 @@ class MediaSettings(BaseModel):
     vanish_timeout_s: PositiveFloat = Field(default=12.0, description="no packet for this long: the peer is gone")
     hole_deadline_s: PositiveFloat = Field(default=0.15, description="a gap older than this is skipped, not waited for")
     audio: bool = Field(default=True, description="carry the microphone back in step with the picture")
+
+    @property
+    def udp_range(self) -> tuple[int, int]:
+        """First and last UDP port of media; (0, 0) for any."""
+        low, _, high = (self.udp_ports or "0-0").partition("-")
+        return int(low), int(high)
+
+    @model_validator(mode="after")
+    def _udp_range_is_one(self) -> Self:
+        low, high = self.udp_range
+        if self.udp_ports and not 1024 <= low <= high <= 65535:
+            raise ValueError(f"udp_ports {self.udp_ports}: write LOW-HIGH with 1024 <= LOW <= HIGH <= 65535")
+        return self
 
 
 class ServerSettings(BaseModel):
@@ -73,6 +91,12 @@ class ServerSettings(BaseModel):
             raise ValueError(f"min_fps {self.min_fps} must not be above max_fps {self.max_fps}")
         if self.max_sessions > self.engine.max_streams:
             raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {self.engine.max_streams}")
+        low, high = self.media.udp_range
+        if self.media.udp_ports and high - low + 1 < self.max_sessions:
+            raise ValueError(
+                f"media.udp_ports {self.media.udp_ports} holds {high - low + 1} ports, and each of max_sessions"
+                f" {self.max_sessions} (and each WHEP viewer) takes one: widen it or lower max_sessions"
+            )
         reserved = self.reserved_seats.values()
         if min(reserved, default=0) < 0 or sum(reserved) > self.max_sessions:
             raise ValueError(
