@@ -46,6 +46,8 @@ def serve(options: argparse.Namespace) -> int:
         (("host",), "--host", options.host),
         (("port",), "--port", options.port),
         (("media", "udp_ports"), "--udp-ports", options.udp_ports),
+        (("media", "turn_urls"), "--turn-url", options.turn_url),
+        (("media", "turn_secret"), "--turn-secret", options.turn_secret),
         (("engine_kind",), "--engine", options.engine),
         *_engine_flags(options),
         (("engine", "vae"), "--vae", options.vae),
@@ -206,6 +208,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="loopback address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
     parser.add_argument("--udp-ports", metavar="LOW-HIGH", help="media only in this range (default: any port)")
+    parser.add_argument("--turn-url", action="append", metavar="URL", help="a relay for clients, turn:HOST:PORT")
+    parser.add_argument(
+        "--turn-secret", metavar="SECRET", help="shared with the relay; better LIVEBRUSH_MEDIA__TURN_SECRET"
+    )
     _add_engine_flags(parser)
     parser.add_argument("--engine", choices=("local", "fake"), help="the model, or a stand-in without one")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, S
 
 from engine.config import MAX_STEPS, EngineSettings
 
+# Goes into a header as it is.
+TURN_URL = re.compile(r"turns?:[A-Za-z0-9._\-\[\]:]{1,200}(\?transport=(udp|tcp))?")
 WEB_DIR = Path(__file__).parent.parent / "web"
 
 
@@ -18,7 +21,16 @@ class MediaSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ice_servers: tuple[str, ...] = Field(default=(), description="stun: or turn: URLs; none is asked by default")
+    ice_servers: tuple[str, ...] = Field(
+        default=(), description="stun: URLs, asked by this server and its clients; none by default"
+    )
+    turn_urls: tuple[str, ...] = Field(
+        default=(),
+        description="turn: or turns: URLs of relays for clients without a way of their own, with turn_secret",
+    )
+    turn_secret: SecretStr | None = Field(
+        default=None, description="what coturn has as static-auth-secret; clients get ten-minute credentials of it"
+    )
     udp_ports: str = Field(
         default="",
         pattern=r"^(\d{1,5}-\d{1,5})?$",
@@ -38,6 +50,17 @@ class MediaSettings(BaseModel):
         """First and last UDP port of media; (0, 0) for any."""
         low, _, high = (self.udp_ports or "0-0").partition("-")
         return int(low), int(high)
+
+    @model_validator(mode="after")
+    def _relays_are_whole(self) -> Self:
+        if bool(self.turn_urls) != (self.turn_secret is not None):
+            raise ValueError("turn_urls and turn_secret go together: set both, or none")
+        for url in self.turn_urls:
+            if not TURN_URL.fullmatch(url):
+                raise ValueError(
+                    f"turn_urls: {url!r} is not of the form turn:HOST:PORT?transport=udp (or tcp, or turns:)"
+                )
+        return self
 
     @model_validator(mode="after")
     def _udp_range_is_one(self) -> Self:

@@ -19,6 +19,7 @@ from server.control import ControlError, ParamsChange, TokenBucket, check_steps
 from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests, problem
 from server.registry import SessionRegistry
 from server.session import SessionContext
+from server.turn import LIFETIME_S, ice_servers
 from server.whip import StreamChange, Whip
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ class Signalling:
         return web.json_response({"models": [model]})
 
     async def _ice_servers(self, request: web.Request) -> web.Response:
-        return web.json_response({"iceServers": [{"urls": url} for url in self._context.settings.media.ice_servers]})
+        servers = [server.as_json() for server in ice_servers(self._context.settings.media)]
+        return web.json_response({"iceServers": servers, "ttl_s": LIFETIME_S}, headers={"Cache-Control": "no-store"})
 
     async def _capacity(self, request: web.Request) -> web.Response:
         registry, capacity = self._registry, self._context.engine.capacity

@@ -43,6 +43,7 @@ from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
 from server.sdp_gate import MAX_BYTES, check_offer
 from server.session import Session, SessionContext
+from server.turn import ice_servers
 
 log = logging.getLogger(__name__)
 
@@ -374,8 +375,8 @@ class Whip(Collector):
         response = web.Response(text=answer, status=201, content_type=SDP)
         response.headers["Location"] = url
         response.headers["ETag"] = _etag(session_id)
-        for server in self._context.settings.media.ice_servers:
-            response.headers.add("Link", f'<{server}>; rel="ice-server"')
+        for server in ice_servers(self._context.settings.media):
+            response.headers.add("Link", server.as_link())
         return response
 
     # --- REST

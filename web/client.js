@@ -12,11 +12,6 @@ async function getJson(url) {
   return response.json();
 }
 
-/** @returns {Promise<RTCConfiguration>} an empty one where the server does not answer: the offer will say so */
-function iceServers() {
-  return getJson("/api/v1/ice-servers").catch(() => ({ iceServers: [] }));
-}
-
 /** What the address asks for: settings, source, and whether to begin by itself. */
 function wishes() {
   const query = new URLSearchParams(location.search);
@@ -30,7 +25,7 @@ function wishes() {
 }
 
 async function main() {
-  const session = new LiveSession(iceServers());
+  const session = new LiveSession();
   const ui = new Ui(session);
   const { settings, autostart, source } = wishes();
   window.livebrush = Object.freeze({

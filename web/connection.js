@@ -4,6 +4,8 @@
 import { ClockMap, FrameMeter, MediaProbe } from "./measure.js";
 
 const OFFER_URL = "/api/v1/webrtc/offer";
+const ICE_URL = "/api/v1/ice-servers";
+const ICE_FRESH_MS = 240_000;
 const MAX_BITRATE = 1_500_000;
 // A little more than is used: the compressed picture is softened by scaling it down.
 const OVERSAMPLING = 1.25;
@@ -14,6 +16,27 @@ const CONNECT_TIMEOUT_MS = 12_000;
 // Telemetry comes twice a second; a server that says nothing for this long is gone.
 const SILENCE_MS = 5_000;
 const DISCONNECTED_GRACE_MS = 3_000;
+
+/** Which STUN and TURN servers to use. Credentials are good for ten minutes, so what is older than four is asked anew. */
+export class IceServers {
+  #asked = null;
+  #askedAt = 0;
+
+  /** @returns {Promise<RTCConfiguration>} an empty one where the server does not answer: the offer will say so */
+  get() {
+    if (!this.#asked || performance.now() - this.#askedAt > ICE_FRESH_MS) {
+      this.#askedAt = performance.now();
+      this.#asked = fetch(ICE_URL)
+        .then((response) => response.json())
+        .then(({ iceServers }) => ({ iceServers: iceServers ?? [] }))
+        .catch(() => {
+          this.#asked = null;
+          return { iceServers: [] };
+        });
+    }
+    return this.#asked;
+  }
+}
 
 /** The connection cannot be made or has ended; `code` as in the protocol, or server_gone. */
 export class ConnectionLost extends Error {

@@ -1,6 +1,6 @@
 // A person's session: one source, one set of settings, and as many connections after each other as it takes.
 
-import { Connection, ConnectionLost } from "./connection.js";
+import { Connection, ConnectionLost, IceServers } from "./connection.js";
 import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sources.js";
 
 const BACKOFF_S = [0.5, 1, 2, 4, 8];
@@ -42,7 +42,7 @@ export class LiveSession extends EventTarget {
   clickToPictureMs = null;
   /** The model's picture, in pixels. */
   size = { width: 256, height: 256 };
-  #ice;
+  #ice = new IceServers();
   #clickedAt = 0;
   #attempt = 0;
   #openedAt = 0;
@@ -51,10 +51,9 @@ export class LiveSession extends EventTarget {
   /** Counts starts and stops: what was awaited in an older one is thrown away. */
   #epoch = 0;
 
-  /** @param {Promise<RTCConfiguration>} ice fetched when the page loads */
-  constructor(ice) {
+  constructor() {
     super();
-    this.#ice = ice;
+    this.#ice.get(); // now, so that the first click need not wait for it
   }
 
   /** Whether a session is under way, in whatever state of health. */
@@ -223,7 +222,7 @@ export class LiveSession extends EventTarget {
   // --- connection
 
   async #connect(epoch) {
-    const ice = await this.#ice;
+    const ice = await this.#ice.get();
     if (epoch !== this.#epoch || this.connection) return;
     const connection = new Connection(ice);
     this.connection = connection;

@@ -48,10 +48,10 @@ class MovingPicture(VideoStreamTrack):
 class Visitor:
     """A page without a browser: one peer connection with its channels, and what it has seen."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, configuration: RTCConfiguration | None = None) -> None:
         self.base = base
         self.http = aiohttp.ClientSession()
-        self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self.connection = RTCPeerConnection(configuration or RTCConfiguration(iceServers=[]))
         self.camera = MovingPicture()
         self.connection.addTrack(self.camera)
         self.control = self.connection.createDataChannel("control")
