@@ -21,6 +21,7 @@ from engine.config import MAX_STEPS, EngineSettings, ServingProfile
 from engine.fake import FakeEngine
 from server.catalogue import load_styles, steps_max
 from server.metrics import ServerMetrics
+from server.osc import listening
 from server.registry import SessionRegistry
 from server.session import SessionContext
 from server.settings import ServerSettings
@@ -77,8 +78,9 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             style_names={style["id"]: style["name"] for style in styles},
         )
         registry = SessionRegistry(context)
+        signalling = Signalling(context, registry, styles)
         runner = web.AppRunner(
-            Signalling(context, registry, styles).application(),
+            signalling.application(),
             access_log=None,
             auto_decompress=False,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
@@ -88,7 +90,8 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             site = web.TCPSite(runner, settings.host, settings.port)
             await site.start()
             await engine.start()
-            async with registry:
+            osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
+            async with registry, osc:
                 yield context, runner.addresses[0][1]
         finally:
             await runner.cleanup()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
 from aiohttp import web
+from pydantic import BaseModel, ValidationError
 
 from server.errors import BadRequest, TooLarge, WrongMediaType
+
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_BODY_BYTES = 48 * 1024
 BODY_TIMEOUT_S = 10.0
@@ -23,3 +27,14 @@ async def read_body(request: web.Request, content_type: str) -> bytes:
         raise TooLarge(f"the body is over {MAX_BODY_BYTES} bytes; an offer of a browser has about 6,000") from None
     except TimeoutError:
         raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+
+
+async def read_json(request: web.Request, model: type[Body]) -> Body:
+    """The JSON body as `model`. Raises WrongMediaType, TooLarge or BadRequest, each naming the bound."""
+    raw = await read_body(request, "application/json")
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise BadRequest(f"{where}: {first['msg']}") from error

@@ -56,6 +56,7 @@ def serve(options: argparse.Namespace) -> int:
         (("engine", "compile"), "--compile", options.compile),
         (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
+        (("osc_port",), "--osc-port", options.osc_port),
     ]
     try:
         resolved = resolve(options.config, os.environ, _flags(given))
@@ -222,6 +223,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", choices=("auto", "full", "light"), help="of Wan: its own, or the light one")
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
+    parser.add_argument("--osc-port", type=int, metavar="PORT", help="steer by OSC on this UDP port of loopback")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")
 
 

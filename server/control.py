@@ -17,6 +17,10 @@ MESSAGES_BURST = 40
 # Fifty broken messages are no mistake any more.
 MAX_BAD_MESSAGES = 50
 MAX_TRANSITION_S = 30.0
+MAX_SCENES = 64
+MAX_SCENE_NAME_CHARS = 80
+MIN_HOLD_S = 0.5
+MAX_HOLD_S = 86_400.0
 
 
 class _Message(BaseModel):
@@ -31,13 +35,19 @@ class ParamsChange(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
-    prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
-    blend: list[WeightedPrompt] | None = Field(default=None, max_length=MAX_BLEND)
-    transition_s: float | None = Field(default=None, ge=0.0, le=MAX_TRANSITION_S)
-    recache: bool | None = None
-    strength: float | None = Field(default=None, ge=0.0, le=1.0)
-    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT_CHARS, description="the style in words; takes the place of a blend"
+    )
+    blend: list[WeightedPrompt] | None = Field(
+        default=None, max_length=MAX_BLEND, description="prompts mixed by weight; [] ends the mix"
+    )
+    transition_s: float | None = Field(
+        default=None, ge=0.0, le=MAX_TRANSITION_S, description="seconds over which new prompts take over; 0 at once"
+    )
+    recache: bool | None = Field(default=None, description="new prompts also rewrite what is remembered of old frames")
+    strength: float | None = Field(default=None, ge=0.0, le=1.0, description="0 is the camera, 1 the full style")
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="denoising steps of a chunk")
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1, description="of the sampling noise")
 
     def applied_to(self, params: StreamParams) -> StreamParams:
         """The parameters with this change made. `transition_s` depends on the agreed rate: see `transition_chunks`."""
@@ -47,6 +57,44 @@ class ParamsChange(BaseModel):
         elif self.prompt is not None:
             given["blend"] = ()  # one style asked for: it replaces the mix
         return params.model_copy(update=given)
+
+
+class SessionChange(ParamsChange):
+    """What can be set on a session from outside its data channel: by REST, OSC, or in the URL of a publisher."""
+
+    bypass: bool | None = Field(default=None, description="show the camera instead of the restyled picture")
+
+
+class Scene(ParamsChange):
+    """One entry of a scene list: what it sets when it begins, and how long it stays."""
+
+    name: str = Field(default="", max_length=MAX_SCENE_NAME_CHARS)
+    hold_s: float | None = Field(
+        default=None,
+        ge=MIN_HOLD_S,
+        le=MAX_HOLD_S,
+        description="seconds from its beginning, the transition included, to the next scene; null: until told",
+    )
+
+
+class SceneList(BaseModel):
+    """Scenes in their order. Loading a list begins its first scene."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    scenes: list[Scene] = Field(min_length=1, max_length=MAX_SCENES)
+    loop: bool = Field(default=False, description="the first scene follows the last")
+
+
+SceneMove = Annotated[int, Field(ge=0, lt=MAX_SCENES)] | Literal["next", "previous", "play", "stop"]
+
+
+class SceneGo(BaseModel):
+    """A move within the scene list: to a scene by its number from 0, to a neighbour, or on and off with its clock."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    go: SceneMove
 
 
 class Params(_Message, ParamsChange):
@@ -62,6 +110,18 @@ class Bypass(_Message):
     on: bool
 
 
+class Scenes(_Message, SceneList):
+    """Load a scene list and begin it."""
+
+    type: Literal["scenes"]
+
+
+class SceneMoved(_Message, SceneGo):
+    """Move within the scene list."""
+
+    type: Literal["scene"]
+
+
 class Ping(_Message):
     """Ask for the server's clock."""
 
@@ -75,7 +135,8 @@ class Bye(_Message):
     type: Literal["bye"]
 
 
-ControlMessage = Params | Bypass | Ping | Bye
+ControlMessage = Params | Bypass | Scenes | SceneMoved | Ping | Bye
+MESSAGE_TYPES = ("params", "bypass", "scenes", "scene", "ping", "bye")
 _adapter: TypeAdapter[ControlMessage] = TypeAdapter(Annotated[ControlMessage, Field(discriminator="type")])
 
 
@@ -110,6 +171,7 @@ class ControlError(Exception):
 
     def __init__(self, code: str, message: str, request_id: int | None = None) -> None:
         super().__init__(message)
+        self.code = code
         self.reply = encode("error", code=code, message=message, id=request_id)
 
 
@@ -163,7 +225,7 @@ def parse(text: str) -> ControlMessage:
 
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence for people: where, what, the bound and a cut of the value."""
-    path = [str(part) for part in error["loc"] if part not in ("params", "bypass", "ping", "bye")]
+    path = [str(part) for part in error["loc"] if part not in MESSAGE_TYPES]
     where = ".".join(path) or "message"
     value = str(error.get("input", ""))
     shown = value if len(value) <= 40 else f"{value[:40]}… ({len(value)} characters)"

@@ -37,6 +37,7 @@ class ServerMetrics:
             "livebrush_sessions_ended", "Sessions ended, by reason", ["reason"], registry=self.registry
         )
         self.refused = Counter("livebrush_offers_refused", "Offers refused, by code", ["code"], registry=self.registry)
+        self.osc = Counter("livebrush_osc_messages", "OSC messages, by outcome", ["outcome"], registry=self.registry)
         self.due = Counter("livebrush_frames_due", "Frames of the agreed rate", registry=self.registry)
         self.late = Counter("livebrush_frames_late", "Frames released past the budget", registry=self.registry)
         self.thinned = Counter(

@@ -70,6 +70,11 @@ class SessionRegistry:
         return len(self._tasks)
 
     @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Every open session, the oldest first."""
+        return tuple(self._sessions.values())
+
+    @property
     def seats(self) -> int:
         """Sessions this server takes at the measured cost."""
         return seats(self._context.engine.capacity, self._context.settings)

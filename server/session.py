@@ -41,6 +41,7 @@ from server.metrics import ServerMetrics, SessionMetrics
 from server.pacer import Pacer
 from server.peer import Peer, PeerGone, answer_offer
 from server.presenter import RESTYLED, Picture, Presenter
+from server.scenes import Show
 from server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class Session:
         self._released = asyncio.Event()
         self._acks = AckBook()
         self._bad_messages = 0
+        self.scenes = Show(self._clock, self._follow_scene, context.steps_max)
+        """What is painted when, where a list of scenes was loaded."""
 
     @property
     def fps(self) -> float:
@@ -183,6 +186,7 @@ class Session:
             async with asyncio.TaskGroup() as tasks:
                 for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
                     tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
+                tasks.create_task(self.scenes.run(), name=f"{self.id}/scenes")
                 if self._outlet is not None:
                     tasks.create_task(self._outlet.serve(peer), name=f"{self.id}/outlet")
         except* PeerGone as gone:
@@ -469,27 +473,47 @@ class Session:
         match message:
             case control.Params():
                 control.check_steps(message, self._context.steps_max, message.id)
-                self._change(message)
-                self._request_ack(message.id, self._stream.update(self._engine_params()) if self._stream else None)
+                self._request_ack(message.id, self._make(message))
             case control.Bypass():
                 self._presenter.bypass = message.on
                 self._request_ack(message.id, 0 if self._stream else None)
+            case control.Scenes():
+                revision = self.scenes.load(message, message.id)
+                self._request_ack(message.id, revision if self._stream else None)
+            case control.SceneMoved():
+                revision = self.scenes.move(message.go, message.id)
+                self._request_ack(message.id, revision if self._stream else None)
             case control.Ping():
                 self.peer.send_control(control.encode("pong", id=message.id, t_ms=message.t_ms, server_s=self._clock()))
             case control.Bye():
                 raise PeerGone("goodbye")
 
-    def restyle(self, change: control.ParamsChange, bypass: bool | None = None) -> None:
-        """Change what is given, from outside the control channel; the next chunk has it.
+    def restyle(self, change: control.SessionChange, *, by: str) -> None:
+        """Change what is given, from outside the control channel; the next chunk has it, and the page is told.
 
+        by: who did it, for the page: rest or osc.
         Raises: ControlError for more steps than the model has timesteps for; nothing is changed then.
         """
         control.check_steps(change, self._context.steps_max)
+        self._make(change)
+        if change.bypass is not None:
+            self._presenter.bypass = change.bypass
+        self._tell_params(f"Steered from outside ({by}).", by)
+
+    def _follow_scene(self, scene: control.Scene) -> int | None:
+        revision = self._make(scene)
+        self._tell_params(f"Scene {self.scenes.index + 1}{scene.name and f': {scene.name}'}.", "scene")
+        return revision
+
+    def _make(self, change: control.ParamsChange) -> int | None:
+        """Change what is given; returns the revision that shows it, None while no stream is open."""
         self._change(change)
-        if self._stream is not None:
-            self._stream.update(self._engine_params())
-        if bypass is not None:
-            self._presenter.bypass = bypass
+        return self._stream.update(self._engine_params()) if self._stream is not None else None
+
+    def _tell_params(self, message: str, by: str) -> None:
+        params = control.shown_params(self.params, self.transition_s)
+        scene = self.scenes.shown()
+        self._notice("params_changed", message, by=by, params=params, bypass=self.bypass, scene=scene)
 
     @property
     def bypass(self) -> bool:

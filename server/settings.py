@@ -10,9 +10,11 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from engine.config import MAX_STEPS, EngineSettings
+from server.access import Role
 
 # Goes into a header as it is.
 TURN_URL = re.compile(r"turns?:[A-Za-z0-9._\-\[\]:]{1,200}(\?transport=(udp|tcp))?")
+MIN_TOKEN_CHARS = 16
 WEB_DIR = Path(__file__).parent.parent / "web"
 
 
@@ -70,6 +72,37 @@ class MediaSettings(BaseModel):
         return self
 
 
+class TokenSettings(BaseModel):
+    """Bearer tokens by role. Each role may all that the ones before it may; with none set, everybody may."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    view: SecretStr | None = Field(default=None, description="watch streams")
+    publish: SecretStr | None = Field(default=None, description="open sessions, publish and restyle streams")
+    admin: SecretStr | None = Field(default=None, description="see and end the sessions of others too")
+
+    @model_validator(mode="after")
+    def _are_keys(self) -> Self:
+        # None of these says what it refuses: a token is not to be read on a terminal.
+        tokens = self.by_role()
+        for role, token in tokens.items():
+            if len(token) < MIN_TOKEN_CHARS or not token.isascii() or not token.isprintable() or " " in token:
+                raise ValueError(
+                    f"{role} must have at least {MIN_TOKEN_CHARS} characters, ASCII and without blanks; for one as good"
+                    " as a key: openssl rand -hex 32"
+                )
+        if len(set(tokens.values())) < len(tokens):
+            raise ValueError("two roles have the same token: give each its own, or leave the lower role out")
+        if set(tokens) == {Role.VIEW}:
+            raise ValueError("view alone would let nobody publish: set publish or admin too")
+        return self
+
+    def by_role(self) -> dict[Role, str]:
+        """The tokens that are set."""
+        named = {Role.VIEW: self.view, Role.PUBLISH: self.publish, Role.ADMIN: self.admin}
+        return {role: token.get_secret_value() for role, token in named.items() if token is not None}
+
+
 class ServerSettings(BaseModel):
     """Everything `livebrush serve` can be told."""
 
@@ -77,6 +110,20 @@ class ServerSettings(BaseModel):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of the page; 0 picks a free one")
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port of /metrics, on loopback alone; the one after `port` if not set, a free one where that is 0",
+    )
+    tokens: TokenSettings = Field(
+        default=TokenSettings(),
+        description="bearer tokens; a server that is not on loopback makes some and prints them where none is set",
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(),
+        description="addresses or networks of the proxies before this server, whose X-Forwarded-For tells the client",
+    )
     engine: EngineSettings = EngineSettings()
     engine_kind: str = Field(default="local", pattern="^(local|fake)$", description="local rank process, or the fake")
     media: MediaSettings = MediaSettings()
@@ -98,12 +145,14 @@ class ServerSettings(BaseModel):
     )
     allowed_origins: tuple[str, ...] = Field(
         default=(),
-        description="other pages, as https://name:port, that may publish and watch by WHIP and WHEP; with a whip_token"
-        " any page may that knows it",
+        description="other pages, as https://name:port, that may publish and watch by WHIP and WHEP",
     )
-    whip_token: SecretStr | None = Field(
-        default=None,
-        description="bearer token asked of who publishes, watches or restyles a WHIP stream; none by default",
+    osc_port: int | None = Field(
+        default=None, ge=0, le=65535, description="UDP port for OSC, 0 picks a free one; none by default"
+    )
+    osc_host: str = Field(
+        default="127.0.0.1",
+        description="address to listen on for OSC, which knows no tokens: whoever reaches it steers every session",
     )
     max_viewers: PositiveInt = Field(default=16, description="WHEP viewers of all streams together")
     web_dir: Path = WEB_DIR
@@ -126,11 +175,11 @@ class ServerSettings(BaseModel):
                 f"reserved_seats {self.reserved_seats}: each must be 0 or more, and all together at most max_sessions"
                 f" {self.max_sessions}"
             )
-        if not self.is_loopback:
-            raise ValueError(
-                f"host {self.host} is not a loopback address: this version has no tokens yet, so anyone could use"
-                " this machine; keep 127.0.0.1 and put an authenticating HTTPS proxy or an SSH tunnel before it"
-            )
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"trusted_proxies: {error}; write 10.0.0.5 or 10.0.0.0/24") from None
         return self
 
     @property

@@ -6,21 +6,23 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from engine.api import EngineState, StreamParams
-from server.bodies import MAX_BODY_BYTES, read_body
+from server.bodies import MAX_BODY_BYTES, read_json
 from server.catalogue import model_name
 from server.control import ControlError, ParamsChange, TokenBucket, check_steps
 from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests, problem
 from server.registry import SessionRegistry
+from server.rest import Rest
 from server.session import SessionContext
+from server.steering import Steering
 from server.turn import LIFETIME_S, ice_servers
-from server.whip import StreamChange, Whip
+from server.whip import Whip
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,6 @@ CONTENT_SECURITY_POLICY = (
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
 )
 
-Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -70,12 +71,14 @@ class Signalling:
         self._registry = registry
         self._styles = styles
         self._whip = Whip(context, registry)
+        self.steering = Steering(registry, self._whip)
         self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
 
     def application(self) -> web.Application:
         """The aiohttp application with every route."""
         app = web.Application(middlewares=[self._wall], client_max_size=MAX_BODY_BYTES)
         self._whip.add_to(app)
+        Rest(self._context, self.steering, self._whip.authorize).add_to(app)
         offer = "/api/v1/webrtc/offer"
         app.add_routes(
             [
@@ -90,10 +93,8 @@ class Signalling:
                 web.patch(offer + "/{id}", self._trickle),
                 web.delete(offer + "/{id}", self._delete),
                 web.post(offer + "/{id}/close", self._delete),
-                web.get("/api/v1/streams", self._list_streams),
-                web.patch("/api/v1/streams/{stream}", self._restyle_stream),
-                web.options("/api/v1/streams/{stream}", self._preflight),
                 web.get("/", self._page),
+                web.get("/overlay", self._overlay),
                 web.static("/", self._context.settings.web_dir),
             ]
         )
@@ -195,12 +196,15 @@ class Signalling:
     async def _page(self, request: web.Request) -> web.FileResponse:
         return web.FileResponse(self._context.settings.web_dir / "index.html")
 
+    async def _overlay(self, request: web.Request) -> web.FileResponse:
+        return web.FileResponse(self._context.settings.web_dir / "overlay.html")
+
     # --- sessions
 
     async def _offer(self, request: web.Request) -> web.Response:
         if not self._offers.take(self._context.clock()):
             raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
-        offer = await _read(request, Offer)
+        offer = await read_json(request, Offer)
         try:
             check_steps(offer.params, self._context.steps_max)
         except ControlError as error:
@@ -226,7 +230,7 @@ class Signalling:
 
     async def _trickle(self, request: web.Request) -> web.Response:
         session = self._registry.get(request.match_info["id"])
-        body = await _read(request, Candidates)
+        body = await read_json(request, Candidates)
         if session.peer is not None:
             await session.peer.add_candidates(body.candidates)
         return web.Response(status=204)
@@ -235,34 +239,9 @@ class Signalling:
         await self._registry.close(request.match_info["id"])
         return web.Response(status=204)
 
-    # --- streams
-
-    async def _list_streams(self, request: web.Request) -> web.Response:
-        self._whip.authorize(request)
-        return web.json_response({"streams": self._whip.streams()})
-
-    async def _restyle_stream(self, request: web.Request) -> web.Response:
-        self._whip.authorize(request)
-        change = await _read(request, StreamChange)
-        return web.json_response(self._whip.restyle(request.match_info["stream"], change))
-
-    async def _preflight(self, request: web.Request) -> web.Response:
-        return web.Response(headers={"Allow": "OPTIONS, PATCH"})
-
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Referrer-Policy", "no-referrer")
     response.headers.setdefault("Cache-Control", "no-cache")
-
-
-async def _read(request: web.Request, model: type[Body]) -> Body:
-    """The JSON body as `model`. Raises WrongMediaType, TooLarge or BadRequest, each naming the bound."""
-    raw = await read_body(request, "application/json")
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise BadRequest(f"{where}: {first['msg']}") from error

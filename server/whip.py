@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from engine.api import StreamParams
 from server.bodies import read_body
 from server.broadcast import Broadcast, Feed
-from server.control import ControlError, ParamsChange, TokenBucket, check_steps, shown_params
+from server.control import ControlError, SessionChange, TokenBucket, check_steps
 from server.errors import (
     BadRequest,
     Conflict,
@@ -39,6 +39,7 @@ from server.errors import (
     Unauthorized,
     Unsupported,
 )
+from server.matte import MatteProcess, asked_form
 from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
 from server.sdp_gate import MAX_BYTES, check_offer
@@ -68,12 +69,6 @@ VIEWERS_FULL_RETRY_S = 10.0
 PUBLISHER_CLASS = "publisher"
 URL_PARAMS = ("prompt", "strength", "steps", "seed", "transition_s", "bypass")
 EXPOSED_HEADERS = "Location, Link, ETag, Retry-After, Accept-Post, Accept-Patch, WWW-Authenticate"
-
-
-class StreamChange(ParamsChange):
-    """Body of PATCH /api/v1/streams/{stream}, and what the URL of a publisher may say."""
-
-    bypass: bool | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -116,6 +111,7 @@ class Whip(Collector):
         self._context = context
         self._registry = registry
         self._streams: dict[str, Stream] = {}
+        self._matte = MatteProcess()
         self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
         # Of the streams that are over.
         self._counted: Counter[str] = Counter()
@@ -170,7 +166,7 @@ class Whip(Collector):
         if (origin := self._allowed_origin(request)) is not None:
             response.headers["Access-Control-Allow-Origin"] = origin
         if request.method == "OPTIONS":
-            response.headers["Access-Control-Allow-Methods"] = "OPTIONS, GET, HEAD, POST, PATCH, DELETE"
+            response.headers["Access-Control-Allow-Methods"] = "OPTIONS, GET, HEAD, POST, PUT, PATCH, DELETE"
             response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, If-Match"
             response.headers["Access-Control-Max-Age"] = "600"
 
@@ -252,7 +248,7 @@ class Whip(Collector):
         change = self._url_params(request.query)
         stream = self._streams.get(name)
         if stream is None:
-            broadcast = Broadcast(self._context.settings.media, self._context.executor)
+            broadcast = Broadcast(self._context.settings.media, self._context.executor, self._matte)
             stream = self._streams[name] = Stream(name, broadcast, gone_at=self._context.clock())
         if stream.arriving:
             raise _taken(name)
@@ -291,12 +287,12 @@ class Whip(Collector):
         except NotFound:
             return None
 
-    def _url_params(self, query: Mapping[str, str]) -> StreamChange:
+    def _url_params(self, query: Mapping[str, str]) -> SessionChange:
         """Raises BadRequest, naming the parameter and its bound."""
         if unknown := [name for name in query if name not in URL_PARAMS]:
             raise BadRequest(f"unknown parameter {unknown[0][:40]!r} in the URL; there are {', '.join(URL_PARAMS)}")
         try:
-            change = StreamChange.model_validate_strings(dict(query), strict=False)
+            change = SessionChange.model_validate_strings(dict(query), strict=False)
             check_steps(change, self._context.steps_max)
         except ValidationError as error:
             first = error.errors()[0]
@@ -310,6 +306,7 @@ class Whip(Collector):
     async def _view(self, request: web.Request) -> web.Response:
         name = _stream_name(request)
         offer_sdp = await self._read_offer(request, watches=True)
+        form = asked_form(request.query)
         stream = self._streams.get(name)
         if stream is None or stream.session is None:
             raise NotFound(
@@ -319,7 +316,7 @@ class Whip(Collector):
         if count >= most:
             raise Full(f"all {most} places for viewers are taken (max_viewers)", retry_after_s=VIEWERS_FULL_RETRY_S)
         answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        viewer = Viewer(secrets.token_urlsafe(16), _ufrag(offer_sdp), Feed(stream.broadcast), answered)
+        viewer = Viewer(secrets.token_urlsafe(16), _ufrag(offer_sdp), Feed(stream.broadcast, form), answered)
         stream.viewers[viewer.id] = viewer
         viewer.task = asyncio.create_task(self._run_viewer(stream, viewer, offer_sdp), name=f"{viewer.id}/viewer")
         async with asyncio.timeout(NEGOTIATION_TIMEOUT_S + CLOSE_TIMEOUT_S):
@@ -381,35 +378,25 @@ class Whip(Collector):
 
     # --- REST
 
-    def streams(self) -> list[dict[str, object]]:
-        """Every stream as REST shows it."""
-        return [self._shown(stream) for stream in self._streams.values() if stream.session is not None]
+    def streams(self) -> dict[str, Session]:
+        """The session that published a stream last, by the stream's name; one that is over may still have viewers."""
+        return {stream.name: stream.session for stream in self._streams.values() if stream.session is not None}
 
-    def restyle(self, name: str, change: StreamChange) -> dict[str, object]:
-        """Change what is given; returns the stream as REST shows it.
-
-        Raises: NotFound for a stream that nobody publishes now; BadRequest for more steps than the model has.
-        """
+    def live_session(self, name: str) -> Session:
+        """Raises NotFound for a stream that nobody publishes now."""
         stream = self._streams.get(name)
         session = self._publisher(stream) if stream is not None else None
-        if stream is None or session is None:
+        if session is None:
             raise NotFound(f"nobody publishes {name[:64]!r}", code="not_live", retry_after_s=NOT_LIVE_RETRY_S)
-        try:
-            session.restyle(change, change.bypass)
-        except ControlError as error:
-            raise BadRequest(str(error)) from error
-        return self._shown(stream)
+        return session
 
-    def _shown(self, stream: Stream) -> dict[str, object]:
-        session = stream.session
-        assert session is not None
+    def shown(self, name: str) -> dict[str, object]:
+        """What REST shows of a stream beside its session. Raises KeyError for one that is not there."""
+        stream = self._streams[name]
         return {
-            "stream": stream.name,
+            "stream": name,
             "live": self._publisher(stream) is not None,
             "viewers": len(stream.viewers),
-            "params": shown_params(session.params, session.transition_s),
-            "bypass": session.bypass,
-            "stats": session.stats(),
             "broadcast": dict(stream.broadcast.counters),
         }
 
@@ -423,7 +410,7 @@ class Whip(Collector):
         events = CounterMetricFamily(
             "livebrush_broadcast", "What broadcasts encoded, sent and dropped", labels=["what"]
         )
-        total = sum((stream.broadcast.counters for stream in streams), self._counted)
+        total = sum((stream.broadcast.counters for stream in streams), self._counted + self._matte.counters)
         for what, count in sorted(total.items()):
             events.add_metric([what], count)
         yield events
@@ -439,6 +426,7 @@ class Whip(Collector):
             self._tick_task.cancel()
         for stream in list(self._streams.values()):
             await self._forget(stream)
+        await self._matte.close()
 
     async def _tick(self) -> None:
         """End the streams whose publisher stays away."""

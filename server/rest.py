@@ -1,0 +1,145 @@
+"""REST for everything that the data channel can set, on sessions and on published streams alike (docs/steering.md).
+
+    /api/v1/sessions/{id}          a session by the id that its offer was answered with
+    /api/v1/streams/{stream}       the session that publishes a stream, by the stream's name
+
+Both have the same methods, and scenes below them: one set of handlers, told apart by how the session is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from server.bodies import read_json
+from server.control import ControlError, SceneGo, SceneList, SessionChange
+from server.errors import BadRequest, NotFound
+from server.openapi import document, page
+from server.session import Session, SessionContext
+from server.steering import Steering
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SESSION = "/api/v1/sessions/{id}"
+STREAM = "/api/v1/streams/{stream}"
+
+
+class Rest:
+    """The handlers. `authorize` raises for a request that may not steer."""
+
+    def __init__(self, context: SessionContext, steering: Steering, authorize: Callable[[web.Request], None]) -> None:
+        self._context = context
+        self._steering = steering
+        self._authorize = authorize
+
+    def add_to(self, app: web.Application) -> None:
+        """Add the routes."""
+        app.add_routes(
+            [
+                web.get("/api", self._page),
+                web.get("/api/v1/openapi.json", self._document),
+                web.get("/api/v1/models/{id:.+}/schema", self._schema),
+                web.get("/api/v1/sessions", self._checked(self._sessions)),
+                web.get("/api/v1/streams", self._checked(self._streams)),
+                web.options("/api/v1/streams/{stream}{below:.*}", self._preflight),
+            ]
+        )
+        for path in (SESSION, STREAM):
+            app.add_routes(
+                [
+                    web.get(path, self._checked(self._get)),
+                    web.patch(path, self._checked(self._patch)),
+                    web.delete(path, self._checked(self._delete)),
+                    web.get(path + "/scenes", self._checked(self._get_scenes)),
+                    web.put(path + "/scenes", self._checked(self._put_scenes)),
+                    web.delete(path + "/scenes", self._checked(self._delete_scenes)),
+                    web.post(path + "/scenes/go", self._checked(self._go)),
+                ]
+            )
+
+    def _checked(self, handler: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            self._authorize(request)
+            try:
+                return await handler(request)
+            except ControlError as error:
+                raise BadRequest(str(error), code=error.code) from error
+
+        return handle
+
+    def _find(self, request: web.Request) -> Session:
+        """Raises NotFound."""
+        if "stream" in request.match_info:
+            return self._steering.stream(request.match_info["stream"])
+        return self._steering.session(request.match_info["id"])
+
+    def _shown(self, request: web.Request) -> web.Response:
+        if "stream" in request.match_info:
+            return web.json_response(self._steering.shown_stream(request.match_info["stream"]))
+        return web.json_response(self._steering.shown(self._find(request)))
+
+    # --- what there is
+
+    async def _page(self, request: web.Request) -> web.Response:
+        return web.Response(text=page(), content_type="text/html")
+
+    async def _document(self, request: web.Request) -> web.Response:
+        return web.json_response(document())
+
+    async def _schema(self, request: web.Request) -> web.Response:
+        model = self._context.settings.engine.model
+        if request.match_info["id"] != model:
+            raise NotFound(f"{request.match_info['id'][:64]!r} is not served here; there is {model!r}")
+        schema = SessionChange.model_json_schema()
+        schema["title"] = f"What can be set on a session with {model}"
+        for form in schema["properties"]["steps"]["anyOf"]:
+            if form["type"] == "integer":
+                form["maximum"] = self._context.steps_max
+        return web.json_response(schema)
+
+    async def _sessions(self, request: web.Request) -> web.Response:
+        return web.json_response({"sessions": self._steering.sessions()})
+
+    async def _streams(self, request: web.Request) -> web.Response:
+        return web.json_response({"streams": self._steering.streams()})
+
+    async def _preflight(self, request: web.Request) -> web.Response:
+        return web.Response(headers={"Allow": "OPTIONS, GET, PUT, POST, PATCH, DELETE"})
+
+    # --- one session
+
+    async def _get(self, request: web.Request) -> web.Response:
+        return self._shown(request)
+
+    async def _patch(self, request: web.Request) -> web.Response:
+        session = self._find(request)
+        change = await read_json(request, SessionChange)
+        session.restyle(change, by="rest")
+        return self._shown(request)
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        await self._steering.close(self._find(request))
+        return web.Response(status=204)
+
+    # --- its scenes
+
+    async def _get_scenes(self, request: web.Request) -> web.Response:
+        scenes = self._find(request).scenes
+        if scenes.list is None:
+            raise NotFound("no scene list is loaded; PUT one here", code="no_scenes")
+        return web.json_response(scenes.list.model_dump(exclude_none=True) | {"scene": scenes.shown()})
+
+    async def _put_scenes(self, request: web.Request) -> web.Response:
+        session = self._find(request)
+        session.scenes.load(await read_json(request, SceneList))
+        return self._shown(request)
+
+    async def _delete_scenes(self, request: web.Request) -> web.Response:
+        self._find(request).scenes.clear()
+        return web.Response(status=204)
+
+    async def _go(self, request: web.Request) -> web.Response:
+        session = self._find(request)
+        session.scenes.move((await read_json(request, SceneGo)).go)
+        return self._shown(request)
