@@ -2,6 +2,8 @@
 
     session -> Broadcast.push -> a Lane per codec that somebody watches -> a Subscription per viewer -> its sender
 
+A viewer may ask for the person alone (matte.py): that is another form of the picture, with lanes of its own.
+
 Without viewers nothing is encoded. A broadcast outlives its publisher: while nobody publishes, viewers see the last
 picture, darkened, once a second, and the picture goes on when a publisher returns.
 """
@@ -36,6 +38,7 @@ from aiortc.rtp import (
 from server.egress import OutgoingVideo, ReleasedFrame
 from server.encoding import AUDIO_RATE, AudioEncoder, BitratePolicy, VideoEncoder
 from server.frames import OutgoingFrame
+from server.matte import Cutter, Form, MatteProcess
 from server.peer import Peer
 from server.reassembly import is_h264_key_frame, is_vp8_key_frame
 from server.settings import MediaSettings
@@ -197,12 +200,14 @@ class Lane:
 class Broadcast:
     """One published stream. It is the outlet of the publisher's session; `close` when the stream is over."""
 
-    def __init__(self, settings: MediaSettings, executor: Executor) -> None:
+    def __init__(self, settings: MediaSettings, executor: Executor, matte: MatteProcess) -> None:
         self.counters: Counter[str] = Counter()
         """What was encoded, sent to viewers and dropped, by name; read only."""
         self._settings = settings
         self._executor = executor
-        self._lanes: dict[str, Lane] = {}
+        self._matte = matte
+        self._cutter: Cutter | None = None
+        self._lanes: dict[tuple[str, Form], Lane] = {}
         self._listeners: set[Subscription] = set()
         self._born_at = time.monotonic()
         self._last: OutgoingFrame | None = None
@@ -214,8 +219,18 @@ class Broadcast:
     def push(self, frame: OutgoingFrame) -> None:
         """Release a picture to everyone who watches. Never waits, never raises."""
         self._last, self._pushed_at = frame, time.monotonic()
-        for lane in self._lanes.values():
-            lane.push(frame, self._pushed_at)
+        self._deliver(Form.PLAIN, frame)
+        if self._cutter is not None:
+            self._cutter.push(frame)
+
+    def _deliver(self, form: Form, frame: OutgoingFrame) -> None:
+        now = time.monotonic()
+        for (_, wanted), lane in self._lanes.items():
+            if wanted is form:
+                lane.push(frame, now)
+
+    def _cut_forms(self) -> set[Form]:
+        return {form for _, form in self._lanes if form is not Form.PLAIN}
 
     async def serve(self, peer: Peer) -> None:
         """Carry the publisher's sound for as long as it is there; its pictures come by `push`."""
@@ -244,30 +259,37 @@ class Broadcast:
 
     # --- to the viewers
 
-    def subscribe(self, subscription: Subscription, codec: RTCRtpCodecParameters) -> Lane | None:
+    def subscribe(self, subscription: Subscription, codec: RTCRtpCodecParameters, form: Form) -> Lane | None:
         """Send to a viewer from now on; returns the lane of a video subscription."""
         if subscription.readyState != "live":
             return None
         if subscription.kind == "audio":
             self._listeners.add(subscription)
             return None
-        lane = self._lanes.get(codec.name)
+        lane = self._lanes.get((codec.name, form))
         if lane is None:
-            lane = self._lanes[codec.name] = Lane(codec, self._settings, self._executor, self.counters)
+            lane = self._lanes[codec.name, form] = Lane(codec, self._settings, self._executor, self.counters)
+        if form is not Form.PLAIN and self._cutter is None:
+            self._cutter = Cutter(self._matte, self._executor, self.counters, self._cut_forms, self._deliver)
         lane.subscriptions[subscription] = None
         lane.ask_key_frame()
-        if self._last is not None:
+        if self._last is not None and form is Form.PLAIN:
             lane.push(self._last, time.monotonic())
+        elif self._last is not None and self._cutter is not None:
+            self._cutter.push(self._last)
         return lane
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Send nothing more; the last one of a codec ends its encoder. Harmless when repeated."""
         self._listeners.discard(subscription)
-        for name, lane in list(self._lanes.items()):
+        for key, lane in list(self._lanes.items()):
             lane.subscriptions.pop(subscription, None)
             if not lane.subscriptions:
                 lane.stop()
-                del self._lanes[name]
+                del self._lanes[key]
+        if self._cutter is not None and not self._cut_forms():
+            self._cutter.stop()
+            self._cutter = None
 
     def close(self) -> None:
         """End every subscription and encoder."""
@@ -281,23 +303,25 @@ class Broadcast:
             await asyncio.sleep(REPEAT_S)
             now = time.monotonic()
             if self._last is not None and now - self._pushed_at >= REPEAT_S:
-                for lane in self._lanes.values():
-                    self.counters["frames_repeated"] += 1
-                    lane.push(self._last, now)
+                self.counters["frames_repeated"] += len(self._lanes)
+                self._deliver(Form.PLAIN, self._last)
+                if self._cutter is not None:
+                    self._cutter.push(self._last)
 
 
 class Feed:
     """The senders of one viewer. `stop` always."""
 
-    def __init__(self, broadcast: Broadcast) -> None:
+    def __init__(self, broadcast: Broadcast, form: Form = Form.PLAIN) -> None:
         self._broadcast = broadcast
+        self._form = form
         self._subscriptions: list[Subscription] = []
 
     def sender(self, kind: str, transport: RTCDtlsTransport) -> RTCRtpSender:
         """The sender of one media section; it takes part once the viewer is connected."""
         subscription = Subscription(kind, self._broadcast.counters, self._broadcast.unsubscribe)
         self._subscriptions.append(subscription)
-        return ViewerSender(subscription, transport, self._broadcast)
+        return ViewerSender(subscription, transport, self._broadcast, self._form)
 
     def stop(self) -> None:
         """Send nothing more."""
@@ -308,9 +332,12 @@ class Feed:
 class ViewerSender(RTCRtpSender):
     """Sends what was encoded for all. Stock but for where frames come from and where feedback goes to."""
 
-    def __init__(self, subscription: Subscription, transport: RTCDtlsTransport, broadcast: Broadcast) -> None:
+    def __init__(
+        self, subscription: Subscription, transport: RTCDtlsTransport, broadcast: Broadcast, form: Form
+    ) -> None:
         super().__init__(subscription, transport)
         self._subscription = subscription
+        self._form = form
         self._broadcast = broadcast
         self._subscribed = False
         self._lane: Lane | None = None
@@ -319,7 +346,7 @@ class ViewerSender(RTCRtpSender):
         """Called by the stock loop, from the connection on."""
         if not self._subscribed:
             self._subscribed = True
-            self._lane = self._broadcast.subscribe(self._subscription, codec)
+            self._lane = self._broadcast.subscribe(self._subscription, codec, self._form)
         frame = await self._subscription.next()
         if not self._enabled:
             return None

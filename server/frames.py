@@ -32,6 +32,8 @@ class OutgoingFrame:
     """[H, W, 3]; not written to again by its giver."""
     kind: int
     """0 camera, 1 restyled."""
+    camera: NDArray[np.uint8] | None = None
+    """What the camera saw, of the same size, where `rgb` is a painting of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Presenter:
         else:
             self.view = View.FADING
             rgb = _blend(picture.camera, picture.restyled, self._fade)
-        return OutgoingFrame(picture.index, picture.arrived_at, rgb, RESTYLED)
+        return OutgoingFrame(picture.index, picture.arrived_at, rgb, RESTYLED, picture.camera)
 
 
 def _blend(camera: Frames, restyled: Frames, share: float) -> Frames:
