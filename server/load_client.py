@@ -28,6 +28,7 @@ from aiortc import (
 from aiortc.rtcrtpparameters import RTCRtpCodecParameters
 from aiortc.rtcrtpsender import RTCEncodedFrame
 
+from livebrush_client import Api, Refused
 from server.ice_guard import IceGuard
 from server.load_clip import ClipTrack, EncodedClip
 from server.load_figures import ServerClock, SessionFigures
@@ -35,7 +36,6 @@ from server.reassembly import EncodedFrame, FrameOrder, PacketOrder, is_vp8_key_
 from server.rtp_receiver import MediaReceiver
 from server.settings import MediaSettings
 
-OFFER_PATH = "/api/v1/webrtc/offer"
 PING_PERIOD_S = 1.0
 # The server speaks twice a second; aiortc notices that it is gone after half a minute.
 SILENCE_S = 6.0
@@ -135,8 +135,7 @@ class LoadClient:
         self.figures = SessionFigures(clock)
         self.counters: Counter[str] = Counter()
         self.errors: list[str] = []
-        self._base_url = base_url
-        self._http = http
+        self._api = Api(base_url, http=http)
         self._url = ""
         self._closing = False
         self._settled = asyncio.Event()
@@ -162,17 +161,16 @@ class LoadClient:
         What else goes wrong is in `errors`.
         """
         await self._connection.setLocalDescription(await self._connection.createOffer())
-        body = {"type": "offer", "sdp": self._connection.localDescription.sdp, "params": params}
         offered_at = time.monotonic()
         self.figures.on_offer(offered_at)
         try:
-            async with self._http.post(self._base_url + OFFER_PATH, json=body) as response:
-                answer = await response.json(content_type=None)
-                if response.status != 201:
-                    return self._refused(response, answer, time.monotonic() - offered_at)
+            answer = await self._api.offer(self._connection.localDescription.sdp, params)
             self.figures.on_answer(time.monotonic())
-            self._url = self._base_url + answer["url"]
-            await self._connection.setRemoteDescription(RTCSessionDescription(answer["sdp"], "answer"))
+            self._url = answer.url
+            await self._connection.setRemoteDescription(RTCSessionDescription(answer.sdp, "answer"))
+        except Refused as refused:
+            refused_ms = round(1000 * (time.monotonic() - offered_at), 1)
+            return Refusal(self.session, refused.status, refused.code, str(refused), refused.retry_after_s, refused_ms)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._end(f"the offer failed: {error or type(error).__name__}")
         except (ValueError, KeyError, TypeError) as error:
@@ -215,18 +213,6 @@ class LoadClient:
         transceiver._RTCRtpTransceiver__receiver = receiver  # type: ignore[attr-defined]
         codecs = RTCRtpSender.getCapabilities("video").codecs
         transceiver.setCodecPreferences([codec for codec in codecs if codec.mimeType in ("video/VP8", "video/rtx")])
-
-    def _refused(self, response: aiohttp.ClientResponse, answer: Any, after_s: float) -> Refusal:
-        problem = answer if isinstance(answer, dict) else {}
-        retry_after = response.headers.get("Retry-After", "")
-        return Refusal(
-            self.session,
-            response.status,
-            str(problem.get("code", f"http_{response.status}")),
-            str(problem.get("message", response.reason or "")),
-            float(retry_after) if retry_after.isdigit() else None,
-            round(1000 * after_s, 1),
-        )
 
     def _on_picture(self, frame: EncodedFrame) -> None:
         self.figures.on_picture(frame.timestamp, frame.arrived_at)
@@ -292,9 +278,11 @@ class LoadClient:
         self._settled.set()
 
     async def _goodbye(self) -> None:
-        async with self._http.delete(self._url) as response:
-            if response.status not in (204, 404):
-                self.errors.append(f"the goodbye was answered {response.status}")
+        try:
+            await self._api.close(self._url)
+        except Refused as refused:
+            if refused.status != 404:
+                self.errors.append(f"the goodbye was answered {refused.status}")
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
