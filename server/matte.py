@@ -88,7 +88,7 @@ def refined(matte: Image, guide: Image) -> Image:
     slope = (mean(shade * share) - mean_shade * mean_share) / (mean(shade * shade) - mean_shade**2 + EDGE)
     fitted = mean(slope) * shade + mean(mean_share - slope * mean_shade)
     # What the network and the filter leave a little grey is background or person.
-    return ((fitted - 0.1) / 0.8 * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    return ((fitted - 0.2) / 0.6 * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def _unit(plane: object) -> NDArray[np.float32]:
