@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from prometheus_client import Counter
@@ -30,6 +30,8 @@ DATAGRAMS_PER_S = 500.0
 DATAGRAMS_BURST = 1000
 # Values that came within this are applied together; about a chunk's time.
 JOIN_S = 0.05
+BUNDLE = b"#bundle\0"
+TIME_TAG_BYTES = 8
 LOG_PERIOD_S = 1.0
 PARAMETERS = ("prompt", "blend", "strength", "steps", "seed", "transition", "recache", "bypass")
 _scene_move: TypeAdapter[int | str] = TypeAdapter(SceneMove)
@@ -177,14 +179,38 @@ def _scene(values: list[Any]) -> Any:
 def load_parser() -> Callable[[bytes], list[tuple[str, list[Any]]]]:
     """python-osc as a function. Raises OscError where it is not installed."""
     try:
-        from pythonosc.osc_packet import OscPacket
+        from pythonosc.osc_message import OscMessage
     except ImportError as error:
         raise OscError("OSC needs the package python-osc: pip install 'livebrush[osc]'") from error
 
     def parse(data: bytes) -> list[tuple[str, list[Any]]]:
-        return [(timed.message.address, timed.message.params) for timed in OscPacket(data).messages]
+        messages = [OscMessage(one) for one in unbundled(data)]
+        return [(one.address, one.params) for one in messages]
 
     return parse
+
+
+def unbundled(data: bytes) -> Iterator[bytes]:
+    """The messages of a datagram, in order; their times are not waited for. Raises ValueError for a broken bundle.
+
+    Our own, because python-osc's goes round for ever in a bundle that has an element of size -4.
+    """
+    waiting = [data]
+    while waiting:
+        packet = waiting.pop()
+        if not packet.startswith(BUNDLE):
+            if not packet.startswith(b"/"):
+                raise ValueError("a packet begins with / or #bundle")
+            yield packet
+            continue
+        elements, at = [], len(BUNDLE) + TIME_TAG_BYTES
+        while at < len(packet):
+            end = at + 4 + int.from_bytes(packet[at : at + 4], "big", signed=True)
+            if not at + 4 < end <= len(packet):
+                raise ValueError(f"a bundle of {len(packet)} bytes has an element from {at} to {end}")
+            elements.append(packet[at + 4 : end])
+            at = end
+        waiting += reversed(elements)
 
 
 @contextlib.asynccontextmanager
@@ -196,23 +222,24 @@ async def listening(
         yield None
         return
     parse = load_parser()
-    # It logs every unknown type it meets, thousands in one datagram, to the root logger.
-    quiet = logging.Filter()
-    quiet.filter = lambda record: record.module != "osc_message"  # type: ignore[method-assign]
-    logging.getLogger().addFilter(quiet)
     try:
         transport, listener = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: OscListener(steering, count, clock, parse), local_addr=(host, port)
         )
     except OSError as error:
-        logging.getLogger().removeFilter(quiet)
         text = f"OSC cannot listen on {host}, UDP port {port}: {error.strerror}; choose another with --osc-port"
         raise OscError(text) from error
     try:
         port = transport.get_extra_info("sockname")[1]
         log.info("OSC on %s, UDP port %d", host, port)
+        logging.getLogger().addFilter(_not_of_python_osc)
         yield port
     finally:
+        logging.getLogger().removeFilter(_not_of_python_osc)
         listener.close()
         transport.close()
-        logging.getLogger().removeFilter(quiet)
+
+
+def _not_of_python_osc(record: logging.LogRecord) -> bool:
+    """It logs every type that it does not know to the root logger: thousands of lines for one datagram."""
+    return "pythonosc" not in record.pathname
