@@ -128,9 +128,12 @@ class Steered:
         """End it."""
         await self._api.call("DELETE", self._path)
 
-    async def load_scenes(self, scenes: Sequence[dict[str, Any]], *, loop: bool = False) -> dict[str, Any]:
-        """Load a scene list and begin it; returns what `get` does."""
-        return dict(await self._api.call("PUT", self._path + "/scenes", {"scenes": list(scenes), "loop": loop}))
+    async def load_scenes(
+        self, scenes: Sequence[dict[str, Any]], *, loop: bool = False, begin: int = 0
+    ) -> dict[str, Any]:
+        """Load a scene list and begin one of its scenes; returns what `get` does."""
+        body = {"scenes": list(scenes), "loop": loop, "begin": begin}
+        return dict(await self._api.call("PUT", self._path + "/scenes", body))
 
     async def go(self, where: int | str) -> dict[str, Any]:
         """Go to a scene: its number from 0, next, previous, play or stop; returns what `get` does."""

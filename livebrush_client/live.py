@@ -97,9 +97,9 @@ class Live:
         """Show the camera, or stop doing so; returns the ack."""
         return await self._ask("bypass", on=on)
 
-    async def load_scenes(self, scenes: Sequence[Message], *, loop: bool = False) -> Message:
-        """Load a scene list and begin it; returns the ack of its first scene. At most 8 KiB; REST takes 48."""
-        return await self._ask("scenes", scenes=list(scenes), loop=loop)
+    async def load_scenes(self, scenes: Sequence[Message], *, loop: bool = False, begin: int = 0) -> Message:
+        """Load a scene list and begin one of its scenes; returns the ack of that. At most 8 KiB; REST takes 48."""
+        return await self._ask("scenes", scenes=list(scenes), loop=loop, begin=begin)
 
     async def go(self, where: int | str) -> Message:
         """Go to a scene: its number from 0, next, previous, play or stop; returns the ack."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from engine.api import MAX_BLEND, MAX_PROMPT_CHARS, MAX_TRANSITION_CHUNKS, StreamParams, Understood, WeightedPrompt
 from engine.config import MAX_STEPS
@@ -78,12 +78,19 @@ class Scene(ParamsChange):
 
 
 class SceneList(BaseModel):
-    """Scenes in their order. Loading a list begins its first scene."""
+    """Scenes in their order. Loading a list begins one of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     scenes: list[Scene] = Field(min_length=1, max_length=MAX_SCENES)
     loop: bool = Field(default=False, description="the first scene follows the last")
+    begin: int = Field(default=0, ge=0, description="number of the scene that stands first, from 0")
+
+    @model_validator(mode="after")
+    def _begins_within(self) -> Self:
+        if self.begin >= len(self.scenes):
+            raise ValueError(f"begin {self.begin} must be below the {len(self.scenes)} scenes there are")
+        return self
 
 
 SceneMove = Annotated[int, Field(ge=0, lt=MAX_SCENES)] | Literal["next", "previous", "play", "stop"]

@@ -22,9 +22,9 @@ class ScenePlayer:
         """When the next scene begins by itself; None: only when told."""
 
     def load(self, scenes: SceneList, now: float) -> Scene:
-        """Take the place of what was there, and begin the first scene."""
+        """Take the place of what was there, and begin the scene that the list names."""
         self.list = scenes
-        return self._begin(scenes, 0, now)
+        return self._begin(scenes, scenes.begin, now)
 
     def clear(self) -> None:
         """Forget the list; what it has set last stays."""
@@ -108,10 +108,11 @@ class Show:
         return self._player.index
 
     def load(self, scenes: SceneList, request_id: int | None = None) -> int | None:
-        """Begin a list; returns the revision that shows its first scene. Raises ControlError for too many steps."""
+        """Begin a list; returns the revision that shows it. Raises ControlError for too many steps."""
         for scene in scenes.scenes:
             check_steps(scene, self._steps_max, request_id)
-        return self._moved_to(self._player.load(SceneList(scenes=scenes.scenes, loop=scenes.loop), self._clock()))
+        plain = SceneList(scenes=scenes.scenes, loop=scenes.loop, begin=scenes.begin)
+        return self._moved_to(self._player.load(plain, self._clock()))
 
     def move(self, where: SceneMove, request_id: int | None = None) -> int | None:
         """Move within the list; returns the revision that shows it, 0 where the scene stays. Raises ControlError."""

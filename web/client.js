@@ -1,10 +1,14 @@
-// The page's entry: builds the session and the elements' binding, and offers window.livebrush for scripts and tests.
+// The page's entry: builds the session and what binds it to elements, keys and MIDI; window.livebrush is for scripts.
 
-import { LiveSession } from "./session.js";
+import { bindKeys } from "./keys.js";
+import { Livebrush } from "./livebrush.js";
+import { MidiPanel } from "./midi.js";
+import { ScenePanel } from "./scenes.js";
 import { Ui } from "./ui.js";
 
 // What a first visit shows, where the model has it: plainly a painting, and kind to faces.
 const FIRST_STYLE = "watercolor";
+const STRENGTH_STEP = 0.1;
 
 async function getJson(url) {
   const response = await fetch(url);
@@ -24,17 +28,36 @@ function wishes() {
   return { settings, autostart: query.get("autostart") === "1", source: query.get("source") ?? "camera" };
 }
 
+/** Keys and MIDI, over what the page and the scene list can do. */
+function steerByHand(ui, scenes) {
+  bindKeys([
+    { keys: ["o"], shown: "O", text: "show the original, and the painting again", run: () => ui.toggleBypass() },
+    { keys: [..."123456789"], shown: "1 to 9", text: "a style", run: (key) => ui.chooseStyle(Number(key) - 1) },
+    { keys: ["/"], shown: "/", text: "write a style; Escape leaves", run: () => ui.editPrompt() },
+    { keys: ["["], shown: "[", text: "less strength", run: () => ui.nudgeStrength(-STRENGTH_STEP) },
+    { keys: ["]"], shown: "]", text: "more strength", run: () => ui.nudgeStrength(STRENGTH_STEP) },
+    { keys: ["v"], shown: "V", text: "new variation", run: () => ui.vary() },
+    { keys: ["n"], shown: "N", text: "next scene", run: () => scenes.go("next") },
+    { keys: ["p"], shown: "P", text: "previous scene", run: () => scenes.go("previous") },
+    { keys: ["s"], shown: "S", text: "save this picture", run: () => ui.snapshot() },
+    { keys: ["f"], shown: "F", text: "full screen", run: () => ui.fullscreen() },
+  ], document.getElementById("help"));
+  new MidiPanel(document.getElementById("midi"), [
+    { name: "strength", text: "Strength", fader: true, follow: (value) => ui.setStrength(value) },
+    { name: "mix", text: "Share of the second style", fader: true, follow: (value) => ui.setMixShare(value) },
+    { name: "original", text: "Original on and off", fader: false, follow: () => ui.toggleBypass() },
+    { name: "next", text: "Next scene", fader: false, follow: () => scenes.go("next") },
+    { name: "previous", text: "Previous scene", fader: false, follow: () => scenes.go("previous") },
+  ], (index) => scenes.go(index));
+}
+
 async function main() {
-  const session = new LiveSession();
+  const live = new Livebrush();
+  const { session } = live;
   const ui = new Ui(session);
   const { settings, autostart, source } = wishes();
-  window.livebrush = Object.freeze({
-    start: (kind = "camera", options = {}) => session.start(kind, options),
-    stop: () => session.stop(),
-    set: (change) => session.set(change),
-    bypass: (on) => session.setBypass(on),
-    stats: (options) => session.stats(options),
-  });
+  window.livebrush = live;
+  steerByHand(ui, new ScenePanel(document.getElementById("scenes"), live));
   // Back from the browser's cache the page begins anew: its connection did not survive.
   addEventListener("pagehide", () => session.stop({ leaving: true }));
   ui.showReadiness();

@@ -278,6 +278,11 @@ export class LiveSession extends EventTarget {
     } else if (notice.code === "model_ready" || notice.code === "engine_back") {
       if (this.loading) this.loading = { percent: 100, message: notice.message };
       this.#emit("change");
+    } else if (notice.code === "params_changed") {
+      // Somebody else steered, or the scene list did.
+      this.settings = { ...this.settings, ...notice.params };
+      this.bypass = notice.bypass;
+      this.#emit("change");
     }
     this.#emit("notice", notice);
   }

@@ -55,17 +55,19 @@ export async function cameraIsGranted() {
 
 /**
  * Opens a source. Raises SourceError.
- * @param {string} kind camera, screen, clip or file
- * @param {{microphone?: boolean, file?: File, size?: {width: number, height: number}}} options size: of the model's
+ * @param {string} kind camera, screen, clip, file or stream
+ * @param {{microphone?: boolean, file?: File, stream?: MediaStream, size?: {width: number, height: number}}} options size: of the model's
  *   picture; a camera is asked for at least that
  * @returns {Promise<Source>}
  */
-export async function openSource(kind, { microphone = false, file, size = CAPTURE } = {}) {
+export async function openSource(kind, { microphone = false, file, stream, size = CAPTURE } = {}) {
   if (kind === "camera") return fromStream("camera", await openCamera(microphone, size));
   if (kind === "screen") return fromStream("screen", await openScreen());
   if (kind === "clip") return openVideo("clip", CLIPS.find(([, type]) => canPlay(type))?.[0] ?? CLIPS[0][0]);
   if (kind === "file" && file) return openFile(file);
-  throw new SourceError("unknown_source", `There is no source “${kind}”`, "Use camera, screen, clip or file.");
+  // A clone, for stopping the session must not stop what is not ours.
+  if (kind === "stream" && stream) return fromStream("stream", stream.clone());
+  throw new SourceError("unknown_source", `There is no source “${kind}”`, "Use camera, screen, clip, file or stream.");
 }
 
 /** The microphone alone, for switching it on while the picture runs. @returns {Promise<MediaStreamTrack>} */

@@ -54,7 +54,6 @@ export class Ui {
     this.#bindSources();
     this.#bindStyle();
     this.#bindPicture();
-    document.addEventListener("keydown", (event) => this.#onKey(event));
     setInterval(() => this.#refresh(), REFRESH_MS);
     this.setView(matchMedia(PHONE).matches ? "split" : "side");
     this.#render();
@@ -476,17 +475,53 @@ export class Ui {
     else $("stage").requestFullscreen?.();
   }
 
-  #onKey(event) {
-    const typing = event.target.matches("input[type=text], textarea, select");
-    if (typing && event.key === "Escape") event.target.blur();
-    if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "/") {
-      event.preventDefault();
-      $("prompt").focus();
-      $("prompt").select();
-    } else if (event.key.toLowerCase() === "o") this.#toggleBypass();
-    else if (event.key.toLowerCase() === "f") this.#fullscreen();
-    else if (this.#styles[Number(event.key) - 1]) this.#choosePrompt(this.#styles[Number(event.key) - 1].prompt);
+  // --- for keys.js and midi.js
+
+  toggleBypass() {
+    this.#toggleBypass();
+  }
+
+  fullscreen() {
+    this.#fullscreen();
+  }
+
+  snapshot() {
+    this.#snapshot();
+  }
+
+  /** Another random start for the same style, where the model has seeds. */
+  vary() {
+    if (!$("seed").hidden) $("seed").click();
+  }
+
+  editPrompt() {
+    $("prompt").focus();
+    $("prompt").select();
+  }
+
+  /** @param {number} index of the style's tile, from 0 */
+  chooseStyle(index) {
+    const style = this.#styles[index];
+    if (style) this.#choosePrompt(style.prompt);
+  }
+
+  /** Moves the strength slider. @param {number} value 0 to 1 */
+  setStrength(value) {
+    $("strength").value = Math.min(1, Math.max(0, value));
+    this.#slide({ strength: Number($("strength").value) });
+  }
+
+  /** @param {number} step added to the strength */
+  nudgeStrength(step) {
+    this.setStrength(Number($("strength").value) + step);
+  }
+
+  /** Moves the slider between two mixed styles, where two are chosen. @param {number} value 0 to 1 */
+  setMixShare(value) {
+    if (this.#second === null) return;
+    const { min, max } = $("mix-share");
+    $("mix-share").value = Number(min) + value * (max - min);
+    this.#slide({ blend: this.#blend(this.#session.settings.prompt) });
   }
 
   /** Before the start: whether the model is ready, so that nobody waits without knowing. */

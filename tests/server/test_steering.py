@@ -200,6 +200,11 @@ async def test_a_scene_list_plays_by_itself_and_by_hand(house: House) -> None:
         assert (await session.go("previous"))["params"]["prompt"] == "chalk"
         house.osc(f"/livebrush/{live.answer.session}/scene", "next")
         await until(lambda: house.prompts == {"oil"}, "the scene that OSC asked for")
+        shown = await session.load_scenes([{"prompt": "oil"}, {"prompt": "mosaic"}, {"prompt": "oil"}], begin=1)
+        assert (shown["scene"]["index"], shown["params"]["prompt"]) == (1, "mosaic")
+        shown = await session.load_scenes([{"prompt": "oil"}, {"prompt": "chalk"}])
+        with pytest.raises(Refused, match="begin 2 must be below"):
+            await session.load_scenes([{"prompt": "oil"}, {"prompt": "chalk"}], begin=2)
         with pytest.raises(Refused, match="hold_s"):
             await session.load_scenes([{"prompt": "a", "hold_s": 0.1}])
         async with aiohttp.ClientSession() as http:
