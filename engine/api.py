@@ -154,6 +154,7 @@ class Capacity:
         unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
         first_chunk_frames: T of a stream's first chunk. costs: the cost of a chunk by steps and size, from the cost
         model; empty while unknown. Where it holds no small size, the engine has none. state_bytes: of one stream.
+        groups: engines side by side, over which the streams are spread; a chunk takes the time of one of them.
     """
 
     chunk_cost_s: float
@@ -163,6 +164,7 @@ class Capacity:
     first_chunk_frames: int = 1
     costs: tuple[ChunkCostAt, ...] = ()
     state_bytes: int = 0
+    groups: int = 1
 
     @property
     def has_small(self) -> bool:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from engine.config import DEFAULT_MODEL, EngineSettings, ServingProfile
+from engine.config import AUTO, DEFAULT_MODEL, EngineSettings, ServingProfile
 
-AUTO = "auto"
 CPU = "cpu"
 # What a person may fix; `size` stands for width and height.
 Fixed = frozenset[str]

@@ -53,6 +53,9 @@ RESTART_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
 # This many deaths within BREAKER_WINDOW_S and the engine is given up: a person must look.
 BREAKER_DEATHS = 4
 BREAKER_WINDOW_S = 60.0
+# With chunks unanswered, a rank that says nothing for so long, or for so many chunks' time, hangs.
+HANG_S = 15.0
+HANG_CHUNKS = 20
 # A closed stream's memory comes back after the chunk being rendered, of whichever stream.
 REGION_TIMEOUT_S = 5.0
 
@@ -87,6 +90,11 @@ class LocalStream:
         self._engine.send(
             Submit(stream=self.region, chunk=chunk.index, slot=slot, frames=count, deadline=chunk.deadline)
         )
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank owes an answer."""
+        return bool(self._in_flight)
 
     def update(self, params: StreamParams) -> int:
         """See `EngineStream.update`."""
@@ -281,13 +289,20 @@ class LocalEngine:
         return f"{reason}, exit status {exit_status}"
 
     async def _read_messages(self, reader: asyncio.StreamReader) -> str:
-        """Handle what the rank says until end of file; a rank silent while starting is given up."""
+        """Handle what the rank says until end of file; a rank that should say something and does not is given up."""
         while True:
             starting = self.status.state is not EngineState.READY
+            limit_s = self.settings.start_timeout_s if starting else self._hang_s
+            owed = starting or self._owed
             try:
-                line = await asyncio.wait_for(reader.readline(), self.settings.start_timeout_s if starting else None)
+                line = await asyncio.wait_for(reader.readline(), limit_s)
             except TimeoutError:
-                return f"no progress for {self.settings.start_timeout_s:.0f} s while starting"
+                if starting:
+                    return f"no progress for {limit_s:.0f} s while starting"
+                # What was handed over meanwhile gets as long.
+                if owed and self._owed:
+                    return f"no answer for {limit_s:.0f} s: it hangs"
+                continue
             except (ConnectionError, ValueError) as error:
                 return f"connection broke: {error}"
             if not line:
@@ -296,6 +311,14 @@ class LocalEngine:
                 await self._handle(decode_from_rank(line))
             except ValidationError as error:
                 return f"bad message: {error}"
+
+    @property
+    def _owed(self) -> bool:
+        return any(stream.waits for stream in self._streams.values())
+
+    @property
+    def _hang_s(self) -> float:
+        return max(HANG_S, HANG_CHUNKS * max((cost.upper_s for cost in self._costs.costs), default=0.0))
 
     async def _handle(self, message: FromRank) -> None:
         match message:

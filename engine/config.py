@@ -22,6 +22,8 @@ MAX_PIXELS = 832 * 480
 # Wan and the embedded model turn 4 frames into one latent frame: the chunk the engine takes.
 CHUNK_FRAMES = 4
 MAX_STEPS = 4
+MAX_RANKS = 64
+AUTO = "auto"
 
 
 def user_models_dir() -> Path:
@@ -198,6 +200,12 @@ class EngineSettings(BaseModel):
     )
     sampling: dict[str, Any] = Field(default={}, description="fields of SamplingConfig to set over the model's own")
     cache: dict[str, Any] = Field(default={}, description="fields of CacheConfig to set over the model's own")
+    ranks: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="processes that one model is spread over, a ring; auto: 1 (see docs/scale.md)"
+    )
+    replicas: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="whole models side by side, each with max_streams; auto: 1"
+    )
     threads: PositiveInt = Field(default=1, description="torch threads on CPU; the other cores do WebRTC")
     max_streams: PositiveInt = Field(default=4, le=64, description="streams to preallocate frame memory for")
     start_timeout_s: float = Field(default=120.0, gt=0, description="a rank silent this long while starting is dead")
@@ -213,10 +221,33 @@ class EngineSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _a_ring_can_do_it(self) -> Self:
+        if max(self.rank_count, self.replica_count) > MAX_RANKS:
+            raise ValueError(f"ranks {self.ranks} and replicas {self.replicas}: at most {MAX_RANKS} each")
+        if self.rank_count > 1 and (
+            self.compile or self.micro_batch > 1 or self.chunk_latents > 1 or self.attention != "auto"
+        ):
+            raise ValueError(
+                f"ranks {self.ranks}: a ring takes one chunk a pass, as it is; leave compile, micro_batch, "
+                "chunk_latents and attention as they are, or use ranks 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _overrides_are_fields(self) -> Self:
         SamplingConfig.model_validate(SamplingConfig(timesteps=(1000,)).model_dump() | self.sampling)
         CacheConfig.model_validate(self.cache)
         return self
+
+    @property
+    def rank_count(self) -> int:
+        """Ranks of one group."""
+        return 1 if self.ranks == AUTO else int(self.ranks)
+
+    @property
+    def replica_count(self) -> int:
+        """Groups."""
+        return 1 if self.replicas == AUTO else int(self.replicas)
 
     @property
     def model_dir(self) -> Path:

@@ -20,6 +20,8 @@ from engine.config import MAX_STEPS, EngineSettings
 SLOTS_PER_STREAM = 4
 # In mode `batch` a chunk stays in the rank until the last of its steps, with the steps of newer ones beside it.
 BATCH_SLOTS_PER_STREAM = SLOTS_PER_STREAM + MAX_STEPS - 1
+# And in a ring two more for every rank, one at work and one before it.
+RING_SLOTS_PER_RANK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class FrameLayout:
         """
         profile = settings.profile
         slots = BATCH_SLOTS_PER_STREAM if settings.mode == "batch" else SLOTS_PER_STREAM
+        if settings.rank_count > 1:
+            slots += RING_SLOTS_PER_RANK * settings.rank_count
         slot_frames = max(profile.chunk_frames, profile.first_chunk_frames)
         return cls(settings.max_streams, slot_frames, settings.height, settings.width, slots)
 

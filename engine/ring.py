@@ -17,6 +17,8 @@ Axes in names: B rows, T latent frames, C channels, H and W rows and columns, N 
 """
 
 import itertools
+import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,10 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.api import StreamParams
+from engine.api import EngineError, StreamParams
 from engine.denoise import predict_clean
 from engine.flow_match import add_noise, stacked
 from engine.kv_cache import CacheRow, KVPool
+from engine.partition import Balancer
 from engine.pipeline import Mode, Pipeline, Rendered
 from engine.session import Item, NoiseSource, PassInput, SessionState
 from engine.transport import Inbox, Message, Outbox, PeerGone, WireShape
@@ -45,6 +48,8 @@ PASSES_PER_RANK = 2
 # Changes of the cache that go with one message; more go ahead in messages of their own.
 CHANGES = 8
 MOVE_TIMEOUT_S = 60.0
+# Between two looks at the balance: a move takes three looks that agree, a few seconds of one stream.
+WINDOW_PASSES = 10
 
 
 class Kind(IntEnum):
@@ -437,6 +442,51 @@ def _work(stage: Stage, sizes: Sizes, layout: Layout, order: Order, message: Mes
         onward[1].send(order.write(layout), [stage.show(order, clean)])
 
 
+class _Pace:
+    """Times of the parts of a ring, and the plan they speak for; a window is `WINDOW_PASSES` passes."""
+
+    def __init__(self, ranks: int, layers: int) -> None:
+        self._ranks, self._layers = ranks, layers
+        self._kinds = ("encode", *["block"] * layers, "decode")
+        self._seen: list[tuple[int, str, float]] = []
+        self._balancer: Balancer | None = None
+        self._passes = 0
+
+    def note(self, rank: int, kind: str, time_s: float) -> None:
+        """What one unit of a kind took on a rank, for one chunk."""
+        if time_s > 0:
+            self._seen.append((rank, kind, time_s))
+
+    def close(self, bounds: Sequence[int]) -> tuple[int, ...] | None:
+        """After every pass of the plan in force; returns the blocks' bounds to move to, when that pays."""
+        self._passes += 1
+        if self._passes % WINDOW_PASSES:
+            return None
+        if self._balancer is None:
+            self._balancer = self._begin(bounds)
+        for rank, kind, time_s in self._seen:
+            self._balancer.observe(rank, kind, time_s)
+        self._seen.clear()
+        split = self._balancer.close_window()
+        if split is None:
+            return None
+        inner = (min(max(bound - 1, 0), self._layers) for bound in split.bounds[1:-1])
+        return (0, *inner, self._layers)
+
+    def _begin(self, bounds: Sequence[int]) -> Balancer:
+        """Ranks are taken for alike until they have run a block; the autoencoder's ends stay where they are."""
+        usual = {
+            kind: statistics.median([time_s for _, name, time_s in self._seen if name == kind] or [0.0])
+            for kind in ("encode", "block", "decode")
+        }
+        times = [[usual[kind] for kind in self._kinds] for _ in range(self._ranks)]
+        for rank, row in enumerate(times):
+            row[0] = row[0] if rank == 0 else math.inf
+            row[-1] = row[-1] if rank == self._ranks - 1 else math.inf
+        units = (0, *(bound + 1 for bound in bounds[1:-1]), self._layers + 2)
+        return Balancer(self._kinds, times, units)
+
+
 @dataclass(eq=False)
 class Flow:
     """A stream on rank 0. slot: its decoder. waiting: chunks, and parameters for those behind them. held: taken in,
@@ -456,10 +506,13 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
+    """A chunk at one step. spent_s: what each rank has spent on the chunk so far."""
+
     flow: Flow
     item: Item
     generation: int
     given: PassInput | None
+    spent_s: list[float]
 
     @property
     def stale(self) -> bool:
@@ -469,13 +522,15 @@ class _Pass:
 @dataclass(frozen=True)
 class Done:
     """A chunk that is done. rendered: None where pixels are wanted as the decoder made them [T, 3, H, W]; pixels and
-    item are None where there was no prompt yet."""
+    item are None where there was no prompt yet. cost_s: what the slowest rank spent on it, which is what a chunk takes
+    of a ring that is full; 0 where nothing was measured."""
 
     key: str
     chunk: int
     rendered: Rendered | None
     item: Item | None
     pixels: Tensor | None
+    cost_s: float = 0.0
 
 
 class RingHead(Pipeline):
@@ -494,6 +549,7 @@ class RingHead(Pipeline):
         streams: int,
         mode: Mode = "batch",
         raw: bool = False,
+        balance: bool = False,
         onward: Outbox | None = None,
         group: dist.ProcessGroup | None = None,
         pool_type: type[StagePool] = StagePool,
@@ -503,6 +559,7 @@ class RingHead(Pipeline):
         Args:
             bounds: first block of every rank, and the end.
             raw: results are pixels and latents, see `Done`.
+            balance: move blocks by measured times, see `engine.partition.Balancer`.
             onward: to rank 1, where there is one. group: for blocks that move.
         """
         super().__init__(model, width, height, streams=streams, mode=mode, pool_type=pool_type)
@@ -513,11 +570,13 @@ class RingHead(Pipeline):
         self.layout = Layout(self.ranks, self.pool.window)
         self.flows: dict[str, Flow] = {}
         self.done: deque[Done] = deque()
+        self.failed: deque[tuple[str, EngineError]] = deque()
         self.passes = 0
         self.times: deque[list[float]] = deque(maxlen=64)
         self.encode_s = self.decode_s = 0.0
         self._raw, self._onward, self._group = raw, onward, group
         self._limit = PASSES_PER_RANK * self.ranks
+        self._pace = _Pace(self.ranks, model.config.transformer.layers) if balance and self.ranks > 1 else None
         self._under_way: deque[_Pass] = deque()
         self._ready: deque[_Pass] = deque()
         self._showing: deque[_Pass] = deque()
@@ -530,6 +589,16 @@ class RingHead(Pipeline):
     def busy(self) -> bool:
         """Whether an answer from another rank is due."""
         return bool(self._under_way or self._showing)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a new chunk could go in now: those between their steps come first."""
+        return len(self._under_way) + len(self._ready) < self._limit
+
+    def takes(self, key: str) -> bool:
+        """Whether the stream has no chunk here that waits for another of its own."""
+        flow = self.flows[key]
+        return flow.alone is None and flow.held is None and not flow.waiting
 
     # --- streams
 
@@ -578,7 +647,7 @@ class RingHead(Pipeline):
             if self._ready:
                 job = self._ready.popleft()
                 if not job.stale:
-                    self._issue(job.flow, job.item)
+                    self._issue(job.flow, job.item, job.spent_s)
             elif not self._enter_one():
                 return
 
@@ -645,7 +714,14 @@ class RingHead(Pipeline):
         """Let one stream go on that can; the streams take turns."""
         for key in list(self.flows):
             flow = self.flows[key]
-            if self._enter(flow):
+            try:
+                entered = self._enter(flow)
+            except EngineError as error:
+                # Its text cannot be encoded: the other streams go on.
+                self.leave(key)
+                self.failed.append((key, error))
+                continue
+            if entered:
                 # Behind the others now.
                 self.flows[key] = self.flows.pop(key)
                 return True
@@ -671,24 +747,37 @@ class RingHead(Pipeline):
             began = time.perf_counter()
             item = self.take_in(state, self._as_pixels(frames))
             self.encode_s = time.perf_counter() - began
+            if self._pace is not None:
+                self._pace.note(0, "encode", self.encode_s)
             item.rows = self.ring_pool.rows_of_steps(item.rows)
             if item.pipelined:
                 state.in_flight.append(item)
                 self.batch.begin(item)
-                self._issue(flow, item)
+                self._issue(flow, item, self._spent())
                 return True
             flow.held = item
-        if state.in_flight:
+        # Chunks of one step use one row, and every rank does them in their order: they may follow each other.
+        item = flow.held
+        single = item.schedule.steps == 1
+        if state.in_flight and not (single and all(other.schedule.steps == 1 for other in state.in_flight)):
             return False
-        item, flow.held = flow.held, None
-        self._settle(state)
+        if not state.in_flight:
+            self._settle(state)
+        flow.held = None
         self.batch.begin(item)
         if item.done:
             self._issue_shown(flow, item)
+            return True
+        if single:
+            state.in_flight.append(item)
         else:
             flow.alone = item
-            self._issue(flow, item)
+        self._issue(flow, item, self._spent())
         return True
+
+    def _spent(self) -> list[float]:
+        """Of a chunk that has just been encoded."""
+        return [self.encode_s, *[0.0] * (self.ranks - 1)]
 
     def _as_pixels(self, frames: Tensor) -> Tensor:
         if frames.dtype != torch.uint8:
@@ -735,7 +824,7 @@ class RingHead(Pipeline):
         for other in others:
             self.pool.copy_row(row, other)
 
-    def _issue(self, flow: Flow, item: Item) -> None:
+    def _issue(self, flow: Flow, item: Item, spent_s: list[float]) -> None:
         """Send a chunk on its next step."""
         self.batch.enter_rows([item])
         assert item.slots is not None
@@ -747,7 +836,7 @@ class RingHead(Pipeline):
         order = self._order(item.rows[step], item.slots, timestep_B, item.prompt)
         order.reply, order.stream = True, flow.slot
         order.sigma, order.strength = float(schedule.sigmas[step]), float(schedule.strength)
-        job = _Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B))
+        job = _Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B), spent_s)
         self._under_way.append(job)
         if step + 1 == schedule.steps:
             order.show = item.frames
@@ -758,7 +847,7 @@ class RingHead(Pipeline):
         """Send a chunk that has no steps to be decoded."""
         latent = self.model.vae.normalise(item.clean) if self.sampling.latents == "raw" else item.clean
         order = Order(Kind.SHOW, self.stage.epoch, item.source.shape[1], stream=flow.slot, show=item.frames)
-        self._showing.append(_Pass(flow, item, flow.generation, None))
+        self._showing.append(_Pass(flow, item, flow.generation, None, self._spent()))
         if self._onward is None:
             self._arrived.append(self.stage.show(order, latent))
             self._show()
@@ -801,7 +890,10 @@ class RingHead(Pipeline):
         self.times.append(order.rank_s)
         self.decode_s = order.decode_s
         job = self._under_way.popleft()
+        for rank, time_s in enumerate(order.rank_s):
+            job.spent_s[rank] += time_s
         flow, item, state = job.flow, job.item, job.flow.state
+        self._balance(order, item.schedule.steps)
         if not job.stale:
             item.clean = clean
             item.step += 1
@@ -818,6 +910,18 @@ class RingHead(Pipeline):
                 state.in_flight.popleft()
         self._show()
 
+    def _balance(self, order: Order, steps: int) -> None:
+        """Note what a pass took, and move blocks when that pays. A chunk takes each block once a step."""
+        if self._pace is None or order.epoch != self.stage.epoch:
+            return
+        for rank, (begin, end) in enumerate(itertools.pairwise(self.stage.bounds)):
+            if end > begin:
+                self._pace.note(rank, "block", order.rank_s[rank] * steps / (end - begin))
+        self._pace.note(self.ranks - 1, "decode", order.decode_s)
+        bounds = self._pace.close(self.stage.bounds)
+        if bounds is not None:
+            self.move(bounds)
+
     def _show(self) -> None:
         """Hand out chunks whose latent and frames have both come; they come on two wires."""
         while self._arrived and (self._showing[0].stale or self._showing[0].item.done):
@@ -829,7 +933,8 @@ class RingHead(Pipeline):
                 self.done.append(Done(key, item.chunk, None, item, pixels))
             else:
                 self._pixels = pixels
-                self.done.append(Done(key, item.chunk, self._finish(item), item, None))
+                job.spent_s[-1] += self.decode_s
+                self.done.append(Done(key, item.chunk, self._finish(item), item, None, max(job.spent_s)))
 
     def _contextualise(self, states_LK: Tensor, mean_K: Tensor) -> PromptContext:
         """See `Pipeline`; every rank learns the text."""

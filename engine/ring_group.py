@@ -5,10 +5,13 @@ the group ends as a unit with `RankLost`, whatever the rest of it was doing, and
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import sys
 import threading
 import time
 import traceback
@@ -17,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 import torch
@@ -36,6 +40,7 @@ from engine.wan.weights import Model
 PEER_GONE = 3
 BLAME_S = 0.5
 STOP_TIMEOUT_S = 10.0
+PR_SET_PDEATHSIG = 1
 Loader = Callable[[int], Model]
 
 
@@ -44,9 +49,9 @@ class RingSpec:
     """What a ring is made of.
 
     streams: as many at once. span: latent frames of the usual chunk, which the buffers are made for; longer ones go in
-    pieces. bounds: first DiT block of every rank, and the end; even where left out. raw: results are latents and pixels
-    as the decoder made them. waiting: chunks a stream may have unanswered. reply_timeout_s: after which a rank that
-    does not answer is lost.
+    pieces. bounds: first DiT block of every rank, and the end; even where left out. balance: blocks move by measured
+    times. raw: results are latents and pixels as the decoder made them. waiting: chunks a stream may have unanswered.
+    reply_timeout_s: after which a rank that does not answer is lost.
     """
 
     ranks: int
@@ -56,6 +61,7 @@ class RingSpec:
     mode: Mode = "batch"
     span: int = 1
     bounds: tuple[int, ...] | None = None
+    balance: bool = False
     raw: bool = False
     threads: int = 1
     waiting: int = 16
@@ -116,16 +122,10 @@ class RingGroup:
         # Hosted here, so that no rank is needed for the others to meet.
         limit = timedelta(seconds=start_timeout_s)
         self._store = TCPStore(HOST, 0, None, True, timeout=limit, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._pipe: Connection = ours
         self._ranks = [
-            context.Process(
-                target=_rank_main,
-                args=(load, spec, rank, self._store.port, theirs if rank == 0 else None),
-                name=f"ring rank {rank}",
-                daemon=True,
-            )
+            rank_process(load, spec, rank, self._store.port, theirs if rank == 0 else None)
             for rank in range(spec.ranks)
         ]
         try:
@@ -291,10 +291,24 @@ class RingGroup:
             rank.join(STOP_TIMEOUT_S)
 
 
+def rank_process(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None = None) -> BaseProcess:
+    """The process of a rank, not yet started. port: of the store where the ranks meet; pipe: rank 0's user."""
+    return multiprocessing.get_context("spawn").Process(
+        target=_rank_main, args=(load, spec, rank, port, pipe), name=f"ring rank {rank}", daemon=True
+    )
+
+
+def _end_with_parent() -> None:
+    """On Linux the kernel ends this process with its parent, even while it is stopped; elsewhere its wires break."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _rank_main(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None) -> None:
     """A rank's process. Ends without Python's own end: torch's groups may hold threads that wait for ever."""
     code = 1
     try:
+        _end_with_parent()
         torch.set_num_threads(spec.threads)
         with torch.inference_mode():
             _run_rank(load, spec, rank, port, pipe)
@@ -317,24 +331,15 @@ def _tell(pipe: Connection | None, message: tuple[str, Any]) -> None:
 
 def _run_rank(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None) -> None:
     model = load(rank)
-    layers, last = model.config.transformer.layers, spec.ranks - 1
-    bounds = spec.bounds or even_split(spec.ranks, layers)
-    if len(bounds) != spec.ranks + 1 or (bounds[0], bounds[-1]) != (0, layers) or list(bounds) != sorted(bounds):
-        raise ValueError(f"bounds {bounds} must rise from 0 to {layers} over {spec.ranks} ranks")
-    sizes = Sizes(model, spec.width, spec.height, spec.span)
-    layout = Layout(spec.ranks, model.config.transformer.window_frames)
-    if spec.ranks == 1:
-        assert pipe is not None
-        _lead(RingHead(model, spec.width, spec.height, bounds, **_head_options(spec)), spec, pipe, [])
+    if pipe is not None:
+        head, inboxes = make_head(model, spec, port)
+        _lead(head, spec, pipe, inboxes)
         return
+    last = spec.ranks - 1
+    sizes, layout, bounds = _shapes(model, spec)
     meet(rank, spec.ranks, port)
     forward, back, frames = (open_wire(shape) for shape in sizes.wires(layout))
     moving = dist.new_group(backend="gloo")
-    if pipe is not None:
-        onward = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
-        head = RingHead(model, spec.width, spec.height, bounds, onward=onward, group=moving, **_head_options(spec))
-        _lead(head, spec, pipe, [("clean", Inbox(back, last)), ("frames", Inbox(frames, last))])
-        return
     onwards = (
         [Outbox(wire, 0, timeout_s=spec.reply_timeout_s) for wire in (back, frames)]
         if rank == last
@@ -344,8 +349,33 @@ def _run_rank(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connecti
     serve(_stage(model, spec, sizes, rank, bounds), sizes, layout, inbox, onwards, moving)
 
 
-def _head_options(spec: RingSpec) -> dict[str, Any]:
-    return {"streams": spec.streams, "mode": spec.mode, "raw": spec.raw, "pool_type": spec.pool_type}
+def make_head(model: Model, spec: RingSpec, port: int) -> "tuple[RingHead, list[tuple[str, Inbox]]]":
+    """Rank 0 of a ring, met with the others, and its wires, see `Events`. Raises ValueError for wrong bounds."""
+    sizes, layout, bounds = _shapes(model, spec)
+    options: dict[str, Any] = {
+        "streams": spec.streams,
+        "mode": spec.mode,
+        "raw": spec.raw,
+        "balance": spec.balance,
+        "pool_type": spec.pool_type,
+    }
+    if spec.ranks == 1:
+        return RingHead(model, spec.width, spec.height, bounds, **options), []
+    meet(0, spec.ranks, port)
+    forward, back, frames = (open_wire(shape) for shape in sizes.wires(layout))
+    moving = dist.new_group(backend="gloo")
+    onward = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
+    head = RingHead(model, spec.width, spec.height, bounds, onward=onward, group=moving, **options)
+    return head, [("clean", Inbox(back, spec.ranks - 1)), ("frames", Inbox(frames, spec.ranks - 1))]
+
+
+def _shapes(model: Model, spec: RingSpec) -> tuple[Sizes, Layout, Sequence[int]]:
+    layers = model.config.transformer.layers
+    bounds = spec.bounds or even_split(spec.ranks, layers)
+    if len(bounds) != spec.ranks + 1 or (bounds[0], bounds[-1]) != (0, layers) or list(bounds) != sorted(bounds):
+        raise ValueError(f"bounds {bounds} must rise from 0 to {layers} over {spec.ranks} ranks")
+    sizes = Sizes(model, spec.width, spec.height, spec.span)
+    return sizes, Layout(spec.ranks, model.config.transformer.window_frames), bounds
 
 
 def _stage(model: Model, spec: RingSpec, sizes: Sizes, rank: int, bounds: Sequence[int]) -> Stage:
@@ -360,34 +390,73 @@ def _stage(model: Model, spec: RingSpec, sizes: Sizes, rank: int, bounds: Sequen
 Event = tuple[str, Any]
 
 
+class Events:
+    """What comes to rank 0, in the order it comes: messages of its wires, and what others put in.
+
+    Bounded by the passes under way and by what whoever puts in may have unanswered.
+    """
+
+    def __init__(self, inboxes: Sequence[tuple[str, Inbox]], reply_timeout_s: float) -> None:
+        """Listen to wires. Their messages come as (name, `Message`), a broken one as ("gone", PeerGone)."""
+        self.reply_timeout_s = reply_timeout_s
+        self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._heard_at = time.monotonic()
+        for name, inbox in inboxes:
+            threading.Thread(target=self._read_wire, args=(name, inbox), daemon=True).start()
+
+    def put(self, name: str, value: Any) -> None:
+        """Add an event; from any thread."""
+        self._queue.put((name, value))
+
+    def next(self, *, busy: bool) -> Event:
+        """The next event. Raises PeerGone when a wire broke, or when no rank answered for `reply_timeout_s` while busy,
+        whatever else came meanwhile."""
+        if not busy:
+            event = self._queue.get()
+            self._heard_at = time.monotonic()
+        else:
+            try:
+                event = self._queue.get(timeout=max(0.0, self._heard_at + self.reply_timeout_s - time.monotonic()))
+            except queue.Empty:
+                raise self._hung() from None
+            if event[0] not in ("clean", "frames") and time.monotonic() > self._heard_at + self.reply_timeout_s:
+                raise self._hung()
+        if event[0] == "gone":
+            raise PeerGone(str(event[1]))
+        return event
+
+    def _hung(self) -> PeerGone:
+        return PeerGone(f"no rank answered for {self.reply_timeout_s:g} s: one of them hangs")
+
+    def _read_wire(self, name: str, inbox: Inbox) -> None:
+        try:
+            while True:
+                message: Message = inbox.receive()
+                self._heard_at = time.monotonic()
+                self._queue.put((name, message))
+        except PeerGone as gone:
+            self._queue.put(("gone", gone))
+
+
 def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tuple[str, Inbox]]) -> None:
     """Rank 0's loop: commands of the group and answers of the ring, in the order they come."""
-    # Bounded by what the group may have unanswered and by the passes under way.
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    events = Events(inboxes, spec.reply_timeout_s)
     threading.Thread(target=_read_commands, args=(pipe, events), daemon=True).start()
-    for name, inbox in inboxes:
-        threading.Thread(target=_read_wire, args=(name, inbox, events), daemon=True).start()
     pipe.send_bytes(pickle.dumps(("ready", None)))
     while True:
-        try:
-            name, value = events.get(timeout=spec.reply_timeout_s if head.busy else None)
-        except queue.Empty:
-            raise PeerGone(f"no rank answered for {spec.reply_timeout_s:g} s: one of them hangs") from None
+        name, value = events.next(busy=head.busy)
         if name == "stop":
             head.stop()
             return
-        if name == "gone":
-            raise PeerGone(str(value))
         if name == "clean":
             head.take_clean(value.words, value.payload)
         elif name == "frames":
             head.take_frames(value.words, value.payload)
         else:
             _obey(head, value, pipe)
-        try:
-            head.fill()
-        except EngineError as error:
-            raise PeerGone(f"a text could not be encoded: {error}") from error
+        head.fill()
+        for stream, error in head.failed:
+            raise PeerGone(f"stream {stream!r}: a text could not be encoded: {error}") from error
         while head.done:
             pipe.send_bytes(pickle.dumps(("result", _result(head.done.popleft()))))
 
@@ -439,19 +508,11 @@ def _stats(head: RingHead) -> RingStats:
     )
 
 
-def _read_commands(pipe: Connection, events: "queue.SimpleQueue[Event]") -> None:
+def _read_commands(pipe: Connection, events: Events) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             command = pickle.loads(pipe.recv_bytes())
-            events.put(("stop", None) if command[0] == "stop" else ("command", command))
+            name = "stop" if command[0] == "stop" else "command"
+            events.put(name, command)
     # The user is gone: nothing is left to do.
-    events.put(("stop", None))
-
-
-def _read_wire(name: str, inbox: Inbox, events: "queue.SimpleQueue[Event]") -> None:
-    try:
-        while True:
-            message: Message = inbox.receive()
-            events.put((name, message))
-    except PeerGone as gone:
-        events.put(("gone", gone))
+    events.put("stop", None)

@@ -27,7 +27,7 @@ anything waits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.config import CHUNK_FRAMES
@@ -190,10 +190,13 @@ class Scheduler:
             drops.append(Drop(stream.waiting.popleft(), "engine_behind"))
         return drops
 
-    def pick(self, now: float) -> Picked:
-        """The pass to run at `now`, in monotonic seconds, and the chunks given up on the way."""
+    def pick(self, now: float, busy: Collection[int] = ()) -> Picked:
+        """The pass to run at `now`, in monotonic seconds, and the chunks given up on the way.
+
+        busy: streams that can take no other chunk now, see `engine.ring_worker`.
+        """
         drops: list[Drop] = []
-        ranked = self._rank(now, self._offers(now, drops))
+        ranked = self._rank(now, self._offers(now, busy, drops))
         if not ranked:
             return Picked((), tuple(drops))
         members, work = self._grow(now, ranked)
@@ -204,14 +207,14 @@ class Scheduler:
 
     # --- what could be rendered
 
-    def _offers(self, now: float, drops: list[Drop]) -> list[_Offer]:
+    def _offers(self, now: float, busy: Collection[int], drops: list[Drop]) -> list[_Offer]:
         """The chunk that each stream would have rendered, by deadline; late ones before it are dropped."""
         known: dict[tuple[int, bool, bool], tuple[float, float]] = {}
         offers = []
         loaded = self._pipeline and self.load > LOADED
         for stream in self._streams.values():
             waiting = stream.waiting
-            if not waiting:
+            if not waiting or stream.number in busy:
                 continue
             if self._pipeline:
                 self._choose_mode(stream, now, loaded)

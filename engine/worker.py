@@ -100,7 +100,7 @@ class Connection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entered:
+class Entered:
     """A chunk, or two as one, that the model has taken up and not yet given back."""
 
     items: tuple[Item, ...]
@@ -108,19 +108,19 @@ class _Entered:
 
 
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """A stream in this rank: the pipeline of its size with its state there, a parameter change that waits for the next
     chunk border, and the chunks inside, oldest first. told: what the server knows the prompts were taken for."""
 
     pipeline: Pipeline
     state: SessionState
     pending: Update | None = None
-    entered: deque[_Entered] = field(default_factory=deque)
+    entered: deque[Entered] = field(default_factory=deque)
     told: tuple[Understood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class Result:
     """One finished chunk on its way to the host."""
 
     stream: int
@@ -135,7 +135,7 @@ class _Result:
 class _Pass:
     """A pass that may still be running on the device. work: None where its time tells nothing."""
 
-    results: list[_Result]
+    results: list[Result]
     started_at: float
     work: Work | None
 
@@ -149,7 +149,7 @@ class Worker:
         self._settings = settings
         self._costs = CostModel()
         self._scheduler: Scheduler
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         # The results of one pass are copied out while the next is made.
         self._passes: deque[_Pass] = deque()
         self._last_finish = float("-inf")
@@ -168,7 +168,7 @@ class Worker:
         profile = settings.profile
         self._tell(EngineState.LOADING, 1, f"loading {settings.model}")
         device = torch.device(settings.device)
-        dtype = _dtype(settings, device)
+        dtype = dtype_of(settings, device)
         plan = check_fits(settings, dtype, device)
         model = load_model(
             settings.model_dir,
@@ -300,7 +300,7 @@ class Worker:
         except (ValueError, MemoryError) as error:
             self._connection.send(StreamFailed(stream=message.stream, message=f"cannot open: {error}"))
             return
-        self._streams[message.stream] = _Stream(pipeline, state)
+        self._streams[message.stream] = Stream(pipeline, state)
         self._scheduler.open(message.stream)
         self._plan(message.stream, message.params)
 
@@ -352,14 +352,14 @@ class Worker:
             for number, items in chunks.items():
                 stream = self._streams[number]
                 stream.state.pipelined = number in pipelined
-                stream.entered.append(_Entered(items, started))
+                stream.entered.append(Entered(items, started))
                 parts = [self._memory.slot(number, item.slot, item.frames) for item in items]
                 frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 jobs.append((stream.state, pipeline.upload(frames)))
                 numbers[id(stream.state)] = number
             download = pipeline.lanes.download
             results = [
-                _Result(
+                Result(
                     numbers[id(done.state)],
                     done.state,
                     done.revision,
@@ -375,7 +375,7 @@ class Worker:
             return
         self._passes.append(_Pass(results, started, pipeline.work))
 
-    def _take_up_change(self, number: int, stream: _Stream) -> None:
+    def _take_up_change(self, number: int, stream: Stream) -> None:
         """Follow a parameter change; one that the model cannot follow leaves the stream as it is."""
         if stream.pending is None:
             return
@@ -435,7 +435,7 @@ class Worker:
         )
         self._connection.send(self._told_costs)
 
-    def _send(self, result: _Result, stream: _Stream, frames: Frames | None, figures: Sequence[float] | None) -> None:
+    def _send(self, result: Result, stream: Stream, frames: Frames | None, figures: Sequence[float] | None) -> None:
         """Hand one chunk over: the model's picture, or the camera's where that must not be shown."""
         verdict = Verdict("text_pending")
         if figures is not None:
@@ -452,14 +452,17 @@ class Worker:
         if verdict.drifted:
             stream.pipeline.reanchor(stream.state)
         if verdict.reset:
-            # What was made of the same state goes out first, then what was lost inside, as the camera's.
-            while self._passes:
-                self._deliver(self._passes.popleft())
-            lost = stream.pipeline.reset(stream.state)
-            for _ in lost:
-                self._done(result, stream, stream.entered.popleft(), verdict)
+            self._reset(result, stream, verdict)
 
-    def _done(self, result: _Result, stream: _Stream, entered: _Entered, verdict: Verdict) -> None:
+    def _reset(self, result: Result, stream: Stream, verdict: Verdict) -> None:
+        """Begin a stream anew: what was made of its old state goes out first, then what was lost, as the camera's."""
+        while self._passes:
+            self._deliver(self._passes.popleft())
+        lost = stream.pipeline.reset(stream.state)
+        for _ in lost:
+            self._done(result, stream, stream.entered.popleft(), verdict)
+
+    def _done(self, result: Result, stream: Stream, entered: Entered, verdict: Verdict) -> None:
         finished = time.monotonic()
         news = result.understood if result.understood != stream.told else None
         stream.told = result.understood
@@ -479,7 +482,8 @@ class Worker:
             )
 
 
-def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+def dtype_of(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    """Of weights and activations on a device."""
     if settings.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

@@ -24,6 +24,7 @@ PROMISE_LOAD, and within the latency budget.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -109,9 +110,10 @@ class Demand:
     settings: ServerSettings
 
     def chunks_s(self, rung: Rung) -> float:
-        """Seconds of the engine for one chunk of every session."""
+        """Seconds of the engine for one chunk of every session; of several groups, of the fullest."""
         costs = (self.capacity.mean_s(min(wish, rung.steps), small=rung.small) for wish in self.wishes)
-        return 0.0 if rung.camera else sum(costs)
+        share = math.ceil(len(self.wishes) / self.capacity.groups) / max(1, len(self.wishes))
+        return 0.0 if rung.camera else share * sum(costs)
 
     def load(self, rung: Rung) -> float:
         """Share of the engine's time."""

@@ -1,0 +1,380 @@
+"""Rank 0 of a ring as the server knows it: the same messages as `engine.worker`, over several processes.
+
+This process encodes, schedules and holds the first blocks; it starts the other ranks and ends with any of them, so that
+a group is lost as a unit: the server sees its connection close, within milliseconds of a death, and starts another. A
+rank that hangs is one that has not answered for `HANG_S`, or for `HANG_CHUNKS` times what a chunk took in the warm-up.
+
+Scheduler, cost model and health are those of one rank. What a chunk costs is what the slowest rank spends on it, for
+that is its share of a full ring; what it takes longer to come round is taken off its deadline. Blocks move between
+ranks by measured times (`engine.partition.Balancer`). A ring has no smaller size to fall back to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import psutil
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from engine.api import EngineError, EngineState, Frames, StreamParams
+from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
+from engine.cost_model import Work
+from engine.frame_memory import RING_SLOTS_PER_RANK, FrameLayout, FrameMemory
+from engine.health import Verdict
+from engine.memory import check
+from engine.messages import Open, Status, StreamFailed, Submit, ToRank
+from engine.ring import Done, RingHead
+from engine.ring_group import PEER_GONE, Events, RingSpec, make_head, rank_process
+from engine.scheduler import Item, Scheduler
+from engine.transport import HOST, Message, PeerGone
+from engine.wan.weights import Model, Progress, load_model
+from engine.worker import (
+    TEXT_POLL_S,
+    WARM_UP_CHUNKS,
+    WARM_UP_PROMPT,
+    Connection,
+    Disconnected,
+    Entered,
+    Result,
+    Stream,
+    Worker,
+    check_fits,
+    dtype_of,
+    pool_streams,
+)
+
+log = logging.getLogger(__name__)
+
+HANG_S = 8.0
+HANG_CHUNKS = 10
+# Nothing is known of a chunk's time before the warm-up.
+WARM_UP_HANG_S = 60.0
+# Of what a chunk takes to come round, in the mean.
+TRANSIT_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True)
+class RankLoader:
+    """Loads the model in a rank's process; what settings say about sampling and cache is then the model's own."""
+
+    settings: EngineSettings
+
+    def __call__(self, rank: int) -> Model:
+        """See `engine.ring_group.Loader`. Only rank 0 keeps a text encoder."""
+        model = self.load(rank, lambda share, what: None)
+        model.text.close()
+        return model
+
+    def load(self, rank: int, progress: Progress) -> Model:
+        """Load for a rank. Raises as `load_model`."""
+        settings = self.settings
+        device = rank_device(settings, rank)
+        model = load_model(
+            settings.model_dir,
+            device,
+            dtype_of(settings, device),
+            vae=settings.vae,
+            loras=settings.loras,
+            fp8=settings.fp8,
+            text_device=settings.text_device,
+            progress=progress,
+        )
+        config = model.config
+        update = {
+            "sampling": SamplingConfig.model_validate(config.sampling.model_dump() | settings.sampling),
+            "cache": CacheConfig.model_validate(config.cache.model_dump() | settings.cache),
+        }
+        return replace(model, config=config.model_copy(update=update))
+
+
+def rank_device(settings: EngineSettings, rank: int) -> torch.device:
+    """Where a rank lives: the CPU for all, or the GPUs from the one named on."""
+    device = torch.device(settings.device)
+    return device if device.index is None else torch.device(device.type, device.index + rank)
+
+
+class RingWorker(Worker):
+    """Holds the first rank, the streams, and the processes of the other ranks."""
+
+    _pipeline: RingHead
+
+    def __init__(
+        self,
+        connection: Connection,
+        memory: FrameMemory,
+        settings: EngineSettings,
+        loader: RankLoader | None = None,
+    ) -> None:
+        """loader: picklable; for tests, of models that are slow where they are told to be."""
+        super().__init__(connection, memory, settings)
+        self._loader = loader or RankLoader(settings)
+        self._ranks: list[BaseProcess] = []
+        self._events: Events
+        self._transit_s = 0.0
+
+    def load(self) -> None:
+        """See `Worker.load`. Raises also PeerGone when a rank ends or does not come."""
+        settings, profile = self._settings, self._settings.profile
+        self._tell(EngineState.LOADING, 1, f"loading {settings.model} on {settings.rank_count} ranks")
+        device = rank_device(settings, 0)
+        plan = check_fits(settings, dtype_of(settings, device), device)
+        if device.type == "cpu":
+            # All of them hold all weights, in one memory.
+            check(plan, psutil.virtual_memory().available // settings.rank_count)
+        spec = RingSpec(
+            settings.rank_count,
+            settings.width,
+            settings.height,
+            streams=pool_streams(settings),
+            mode=settings.mode,
+            balance=True,
+            threads=settings.threads,
+            reply_timeout_s=WARM_UP_HANG_S,
+        )
+        store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=WARM_UP_HANG_S), wait_for_workers=False)
+        self._ranks = [rank_process(self._loader, spec, rank, store.port) for rank in range(1, spec.ranks)]
+        for process in self._ranks:
+            process.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        model = self._loader.load(0, lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what))
+        try:
+            self._pipeline, inboxes = make_head(model, spec, store.port)
+        except ValueError as error:
+            raise EngineError(f"{settings.model}: {error}") from error
+        except RuntimeError as error:
+            raise PeerGone(f"the ranks did not meet: {error}") from error
+        self._events = Events(inboxes, WARM_UP_HANG_S)
+        while model.text.request(WARM_UP_PROMPT) is None:
+            self._tell(EngineState.WARMING, 50, "loading the text encoder")
+            time.sleep(TEXT_POLL_S)
+        self._costs.profile(self._warm_up_ring(profile))
+        self._scheduler = Scheduler(self._costs, window=self._pipeline.pool.window)
+        state_bytes = sum(part.size_bytes for part in plan.parts if part.kind == "stream") // pool_streams(settings)
+        self._tell_costs(time.monotonic(), state_bytes)
+        self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
+
+    def close(self) -> None:
+        """End the other ranks, which hold nothing that outlasts them, and the text encoder."""
+        ranks, self._ranks = self._ranks, []
+        for process in ranks:
+            process.kill()
+        super().close()
+
+    def run(self) -> None:
+        """See `Worker.run`. Raises also PeerGone when the group is lost."""
+        threading.Thread(target=self._read_messages, daemon=True).start()
+        while True:
+            self._offer()
+            if self._hand_over():
+                continue  # which made room
+            name, value = self._events.next(busy=self._pipeline.busy)
+            if name == "disconnected":
+                raise Disconnected
+            if name == "message":
+                self._handle(value)
+            else:
+                self._take(name, value)
+
+    # --- the loop's parts
+
+    def _offer(self) -> None:
+        """Let chunks into the ring while one could begin at once: what waits here can still be dropped."""
+        head = self._pipeline
+        head.fill()
+        while head.has_room:
+            picked = self._scheduler.pick(time.monotonic(), self._busy())
+            self._report(picked.drops)
+            if not picked.items:
+                return
+            (item,) = picked.items
+            stream = self._streams[item.stream]
+            self._take_up_change(item.stream, stream)
+            stream.entered.append(Entered((item,), time.monotonic()))
+            frames = self._memory.slot(item.stream, item.slot, item.frames)
+            head.submit(str(item.stream), head.upload(frames))
+            head.fill()
+
+    def _busy(self) -> set[int]:
+        most = RING_SLOTS_PER_RANK * self._settings.rank_count
+        return {
+            number
+            for number, stream in self._streams.items()
+            if not self._pipeline.takes(str(number)) or len(stream.entered) >= most
+        }
+
+    def _take(self, name: str, message: Message) -> None:
+        take = self._pipeline.take_clean if name == "clean" else self._pipeline.take_frames
+        take(message.words, message.payload)
+
+    def _hand_over(self) -> bool:
+        """Send what the ring has made; returns whether there was anything."""
+        head = self._pipeline
+        handed = bool(head.done or head.failed)
+        while head.done:
+            self._hand_over_one(head.done.popleft())
+        while head.failed:
+            key, error = head.failed.popleft()
+            self._fail(int(key), error)
+        return handed
+
+    def _hand_over_one(self, done: Done) -> None:
+        number = int(done.key)
+        stream = self._streams[number]
+        rendered, state = done.rendered, stream.state
+        self._learn(done, stream)
+        if rendered is None:
+            self._send(Result(number, state, state.revision, None, None, ()), stream, None, None)
+            return
+        frames = None if rendered.frames is None else rendered.frames.cpu().numpy()
+        figures = None if rendered.figures is None else rendered.figures.tolist()
+        self._send(Result(number, state, rendered.revision, None, None, rendered.understood), stream, frames, figures)
+
+    def _learn(self, done: Done, stream: Stream) -> None:
+        """What a chunk costs of the ring, and how much longer it took to come round."""
+        window = self._pipeline.pool.window
+        if done.item is None or done.cost_s <= 0 or done.chunk < window:
+            return
+        now = time.monotonic()
+        longer_s = max(0.0, now - stream.entered[0].started_at - done.cost_s)
+        self._transit_s += TRANSIT_SMOOTHING * (longer_s - self._transit_s)
+        if self._costs.observe(Work.of_chunk(done.item.schedule.steps, window=window), done.cost_s):
+            self._tell_costs(now, self._told_costs.state_bytes)
+
+    # --- messages
+
+    def _read_messages(self) -> None:
+        try:
+            while True:
+                for message in self._connection.receive(wait=True):
+                    self._events.put("message", message)
+        except Disconnected:
+            self._events.put("disconnected", None)
+        except ValueError as error:  # not a message of ours
+            self._events.put("gone", error)
+
+    def _handle(self, message: ToRank) -> None:
+        if isinstance(message, Submit):
+            item = Item(message.stream, message.chunk, message.slot, message.frames, message.deadline - self._transit_s)
+            self._report(self._scheduler.push(item))
+        else:
+            super()._handle(message)
+
+    def _open(self, message: Open) -> None:
+        head, key = self._pipeline, str(message.stream)
+        try:
+            head.join(key, message.params)
+        except (ValueError, MemoryError) as error:
+            self._connection.send(StreamFailed(stream=message.stream, message=f"cannot open: {error}"))
+            return
+        self._streams[message.stream] = Stream(head, head.flows[key].state)
+        self._scheduler.open(message.stream)
+        self._plan(message.stream, message.params)
+
+    def _forget(self, number: int) -> None:
+        self._scheduler.close(number)
+        if self._streams.pop(number, None) and str(number) in self._pipeline.flows:
+            self._pipeline.leave(str(number))
+
+    def _reset(self, result: Result, stream: Stream, verdict: Verdict) -> None:
+        """See `Worker._reset`."""
+        head, key = self._pipeline, str(result.stream)
+        # What is done has been handed over, but for this stream's own.
+        kept = [done for done in head.done if done.key == key]
+        for done in kept:
+            head.done.remove(done)
+        head.restart(key)
+        for _ in range(len(stream.entered) - len(head.flows[key].waiting)):
+            self._done(result, stream, stream.entered.popleft(), verdict)
+
+    # --- start and end
+
+    def _watch(self) -> None:
+        """End with the first rank that ends: nothing here is worth saving, and the server starts another group."""
+        ranks = self._ranks
+        gone = wait([process.sentinel for process in ranks])
+        if self._ranks:
+            numbers = [number for number, process in enumerate(ranks, start=1) if process.sentinel in gone]
+            log.error("rank %s of %d ended: the group ends with it", numbers[0], len(ranks) + 1)
+            self.close()
+            os._exit(PEER_GONE)
+
+    def _warm_up_ring(self, profile: ServingProfile) -> list[tuple[Work, float]]:
+        """Render until everything runs at its usual speed; returns what chunks of each number of steps cost then."""
+        settings, head, key = self._settings, self._pipeline, "warm-up"
+        params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
+        first, later = (
+            np.zeros((count, settings.height, settings.width, 3), np.uint8)
+            for count in (profile.first_chunk_frames, profile.chunk_frames)
+        )
+        head.join(key, params)
+        chunks = max(WARM_UP_CHUNKS, head.pool.window + 2)
+        for done in range(chunks):
+            self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
+            self._play(key, later if done else first)
+        costs: list[tuple[Work, float]] = []
+        slowest_s = 0.0
+        for steps in sorted({1, profile.steps, head.max_steps}):
+            self._tell(EngineState.WARMING, 95, f"measuring {steps} steps")
+            head.set_params(head.flows[key].state, params.model_copy(update={"steps": steps}))
+            began = time.monotonic()
+            taken = [self._play(key, later) for _ in range(WARM_UP_CHUNKS)]
+            slowest_s = max(slowest_s, (time.monotonic() - began) / WARM_UP_CHUNKS)
+            # The first may still wait for those of other steps.
+            costs.append((Work.of_chunk(steps, window=head.pool.window), statistics.median(taken[1:])))
+        head.leave(key)
+        self._events.reply_timeout_s = max(HANG_S, HANG_CHUNKS * slowest_s)
+        return costs
+
+    def _play(self, key: str, frames: Frames) -> float:
+        """One chunk alone through the ring; returns what it cost."""
+        head = self._pipeline
+        head.submit(key, head.upload(frames))
+        head.fill()
+        while not head.done:
+            self._take(*self._events.next(busy=True))
+            head.fill()
+        return head.done.popleft().cost_s
+
+
+def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
+    """Load, then serve until the server lets go or the group is lost. Ends the process: torch's groups may hold
+    threads that wait for ever."""
+    torch.set_num_threads(settings.threads)
+    connection = Connection(socket.socket(fileno=control_fd))
+    worker = RingWorker(connection, FrameMemory(memory_fd, FrameLayout.of(settings)), settings)
+    code = 1
+    try:
+        worker.load()
+        worker.run()
+    except Disconnected:
+        log.debug("rank stops: the server closed the connection")
+        code = 0
+    except PeerGone as gone:
+        log.error("the group ends: %s", gone)
+        code = PEER_GONE
+    except (EngineError, FileNotFoundError) as error:
+        # Starting again would not help: the model folder or the settings must be put right first.
+        connection.send(Status(state=EngineState.FAILED, percent=0, detail=str(error)))
+        code = 0
+    except Exception:
+        log.exception("the group ends")
+    finally:
+        worker.close()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(levelname)s %(message)s")
+    main(int(sys.argv[1]), int(sys.argv[2]), EngineSettings.model_validate_json(sys.argv[3]))
