@@ -62,11 +62,8 @@ export class ScenePanel {
       this.#status, file,
     );
     live.on("params", (notice) => this.#onParams(notice));
-    live.on("connection", () => {
-      this.#loaded = "";
-      this.#scene = null;
-      this.#show();
-    });
+    // A session that goes on over another connection tells again where its list stands.
+    live.on("connection", () => this.#onParams({ scene: null }));
     setInterval(() => this.#show(), TICK_MS);
     this.#render();
   }
@@ -82,7 +79,7 @@ export class ScenePanel {
 
   /** Goes on from the scene that stands, or begins with the first. */
   async play() {
-    if (this.#isLoaded && this.#scene) await this.#ask(() => this.#live.goToScene("play"));
+    if (this.#isLoaded) await this.#ask(() => this.#live.goToScene("play"));
     else await this.go(0);
   }
 
@@ -107,7 +104,8 @@ export class ScenePanel {
   }
 
   get #isLoaded() {
-    return this.#loaded === JSON.stringify(this.#list);
+    const stands = this.#scene?.count === this.#list.scenes.length;
+    return stands && this.#loaded === JSON.stringify(this.#list);
   }
 
   async #ask(call) {
