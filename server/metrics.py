@@ -36,6 +36,12 @@ class ServerMetrics:
         self.ended = Counter(
             "livebrush_sessions_ended", "Sessions ended, by reason", ["reason"], registry=self.registry
         )
+        self.resumed = Counter(
+            "livebrush_sessions_resumed",
+            "Pages that came back by their token, to a session that ran or had ended",
+            ["found"],
+            registry=self.registry,
+        )
         self.refused = Counter("livebrush_offers_refused", "Offers refused, by code", ["code"], registry=self.registry)
         self.osc = Counter("livebrush_osc_messages", "OSC messages, by outcome", ["outcome"], registry=self.registry)
         self.due = Counter("livebrush_frames_due", "Frames of the agreed rate", registry=self.registry)

@@ -10,13 +10,18 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 
 import psutil
 
 from engine.api import EngineState, StreamParams
 from server.admission import Stays, free_seats, seats
-from server.errors import Full, NotFound, ServerError, ShuttingDown
+from server.control import ControlError, check_steps, shown_params
+from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
 from server.ladder import Ladder, Rung, Signals
+from server.peer import answer_offer
+from server.resume import Connect, Kept, ResumeBook, Wish
 from server.session import Outlet, Session, SessionContext
 
 log = logging.getLogger(__name__)
@@ -34,6 +39,29 @@ TICK_SAMPLES = 8
 STARTING_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A page's session. name: for `get`, of this connection; token: for the next one; resumed: it is not a new one."""
+
+    session: Session
+    name: str
+    token: str
+    resumed: bool
+
+    def as_json(self, size: tuple[int, int]) -> dict[str, object]:
+        """What its page is told. size: of the picture, in pixels."""
+        session = self.session
+        return {
+            "session": session.id,
+            "fps": session.fps,
+            "size": f"{size[0]}x{size[1]}",
+            "resume": self.token,
+            "resumed": self.resumed,
+            "params": shown_params(session.params, session.transition_s),
+            "bypass": session.bypass,
+        }
+
+
 class SessionRegistry:
     """Open sessions by id. Use as an async context manager; on exit every session has ended."""
 
@@ -43,6 +71,7 @@ class SessionRegistry:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._classes: dict[str, str] = {}
         self._stays = Stays()
+        self._tokens = ResumeBook()
         self._ladder = self._new_ladder(context.settings.steps)
         # Frames of each session that the ladder has been told of: due, missed.
         self._told: dict[str, tuple[int, int]] = {}
@@ -89,12 +118,68 @@ class SessionRegistry:
         """Share of the engine's time that the open sessions need, by its measured costs."""
         return self._ladder.load(self._context.engine.capacity, self._wishes())
 
-    def get(self, session_id: str) -> Session:
-        """Raises NotFound for a session that never was or is over."""
+    def get(self, name: str) -> Session:
+        """A session by its id, or by the id and its connection's number ("id.0"), as the page knows it.
+
+        Raises: NotFound for a session that never was or is over, and for a connection that another has replaced: the
+            late goodbye of a page that was reloaded must not end what the reloaded one has taken up.
+        """
+        session_id, _, leg = name.partition(".")
         session = self._sessions.get(session_id)
-        if session is None:
+        if session is None or leg not in ("", str(session.leg)):
             raise NotFound("no such session: it has ended; send a new offer", code="session_gone")
         return session
+
+    async def enter(self, connect: Connect, wish: Wish) -> Entry:
+        """Open a session for a page, or have a page go on with the one that its token names; returns once it is open.
+
+        A page that comes back needs no other seat than its own.
+
+        Raises: BadRequest for more steps than the model has timesteps for; else as `answer`.
+        """
+        try:
+            check_steps(wish.params, self._context.steps_max)
+        except ControlError as error:
+            raise BadRequest(f"params.{error}") from error
+        params = StreamParams(steps=self._context.settings.steps)
+        kept = Kept(params, 0.0, False)
+        keeps = wish.resume is not None and wish.resume.keep
+        if wish.resume is not None:
+            session = self._sessions.get(self._tokens.session_of(wish.resume.token) or "")
+            if session is not None and await self._rejoin(session, connect):
+                if not keeps:
+                    session.take_over(wish.params, wish.bypass)
+                self._context.metrics.resumed.labels("running").inc()
+                return self._entry(session, resumed=True)
+            found = self._tokens.take(wish.resume.token, self._context.clock())
+            if found is not None:
+                self._context.metrics.resumed.labels("ended").inc()
+                kept = found
+        resumed = kept.params is not params
+        if not (resumed and keeps):
+            kept = kept.changed(wish.params, wish.bypass)
+        session = await self._open(
+            connect,
+            kept.params,
+            transition_s=kept.transition_s,
+            bypass=kept.bypass,
+            own_class=wish.own_class,
+        )
+        return self._entry(session, resumed=resumed)
+
+    async def _rejoin(self, session: Session, connect: Connect) -> bool:
+        """Whether the session went on over the new connection; False, if it ended meanwhile."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await session.rejoin(connect)
+        except NotFound:
+            return False
+        except TimeoutError:
+            raise ServerError(f"the offer could not be answered within {ANSWER_TIMEOUT_S:.0f} s") from None
+        return True
+
+    def _entry(self, session: Session, *, resumed: bool) -> Entry:
+        return Entry(session, f"{session.id}.{session.leg}", self._tokens.issue(session.id), resumed)
 
     async def answer(
         self,
@@ -106,13 +191,29 @@ class SessionRegistry:
         own_class: str = "",
         outlet: Outlet | None = None,
     ) -> Session:
-        """Open a session for an offer; returns once it has its answer. Its seat is taken from this call on.
+        """Open a session for an offer; returns once it has its answer.
 
         own_class: for `ServerSettings.reserved_seats`.
         outlet: where the pictures go if not back to the peer.
         Raises: Full with a retry time, ShuttingDown, or what the session raises for a broken offer. The seat is
             given back on every failure.
         """
+        connect = partial(answer_offer, offer_sdp, self._context.settings.media, publishes=outlet is not None)
+        return await self._open(
+            connect, params, transition_s=transition_s, bypass=bypass, own_class=own_class, outlet=outlet
+        )
+
+    async def _open(
+        self,
+        connect: Connect,
+        params: StreamParams,
+        *,
+        transition_s: float,
+        bypass: bool,
+        own_class: str,
+        outlet: Outlet | None = None,
+    ) -> Session:
+        """Open a session for a connection; returns once that is open. Its seat is taken from this call on."""
         if self._closing:
             raise ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)
         self._admit(own_class)
@@ -130,7 +231,7 @@ class SessionRegistry:
         )
         self._sessions[session_id] = session
         self._classes[session_id] = own_class
-        task = asyncio.create_task(self._run(session, offer_sdp), name=f"{session_id}/session")
+        task = asyncio.create_task(self._run(session, connect), name=f"{session_id}/session")
         self._tasks[session_id] = task
         self._context.metrics.sessions.set(len(self._tasks))
         self._sample()
@@ -163,10 +264,9 @@ class SessionRegistry:
             details={"seats": all_seats, "open": self.open_sessions},
         )
 
-    async def close(self, session_id: str) -> None:
+    async def close(self, name: str) -> None:
         """End a session; its peer, seat and threads are free when this returns. Raises NotFound."""
-        self.get(session_id)
-        await self._end([session_id])
+        await self._end([self.get(name).id])
 
     async def _end(self, session_ids: list[str]) -> None:
         tasks = [self._tasks[session_id] for session_id in session_ids if session_id in self._tasks]
@@ -177,11 +277,11 @@ class SessionRegistry:
             for task in pending:
                 log.error("%s did not end within %.0f s", task.get_name(), CLOSE_TIMEOUT_S)
 
-    async def _run(self, session: Session, offer_sdp: str) -> None:
+    async def _run(self, session: Session, connect: Connect) -> None:
         """Run one session behind the server's one wall: whatever it raises ends it and nothing else."""
         reason = "closed"
         try:
-            reason = await session.run(offer_sdp)
+            reason = await session.run(connect)
         except asyncio.CancelledError:
             pass
         except ServerError as error:
@@ -198,6 +298,8 @@ class SessionRegistry:
             self._forget(session, reason)
 
     def _forget(self, session: Session, reason: str) -> None:
+        kept = Kept(session.params, session.transition_s, session.bypass)
+        self._tokens.end(session.id, kept, self._context.clock())
         self._sessions.pop(session.id, None)
         self._tasks.pop(session.id, None)
         self._classes.pop(session.id, None)
@@ -222,6 +324,9 @@ class SessionRegistry:
         """Tell the ladder what has become of the frames, and have every session stand where it says."""
         now = self._context.clock()
         due, missed = self._frames_since(now)
+        for session in self._sessions.values():
+            if session.peer is not None and session.peer.connected_at is not None:
+                self._tokens.confirm(session.id)
         if not self._sessions:
             self._ladder = self._new_ladder(self._context.settings.steps)
             return

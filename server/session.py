@@ -34,13 +34,15 @@ from engine.api import (
 from engine.config import MAX_STEPS
 from server import control
 from server.acks import Ack, AckBook
+from server.errors import Conflict, NotFound, ServerError
 from server.frames import OutgoingFrame
 from server.ingest import ChunkAssembler, RateGate, to_rgb
 from server.ladder import Rung
 from server.metrics import ServerMetrics, SessionMetrics
 from server.pacer import Pacer
-from server.peer import Peer, PeerGone, answer_offer
+from server.peer import Peer, PeerGone
 from server.presenter import RESTYLED, Picture, Presenter
+from server.resume import RESUME_S, Arrival, Connect, Door, Link
 from server.scenes import Show
 from server.settings import ServerSettings
 
@@ -58,6 +60,8 @@ AUDIO_DELAY_SMOOTHING = 0.05
 BUSY_SHARE = 0.95
 # Reason of frames that the camera rung shows as they came, or takes back from the engine.
 CAMERA_RUNG = "camera_rung"
+# Ends of a connection, not of a session: its page may come back.
+REPLACED, LOST = "replaced", {"vanished", "failed"}
 # Ends in which there is nobody left to tell.
 PEER_LEFT = {"goodbye", "closed_by_peer", "vanished", "failed", "never_connected"}
 # For the summary to leave before its channel is closed.
@@ -131,7 +135,12 @@ class Session:
         self._outlet = outlet
         self._clock = context.clock
         self.metrics = SessionMetrics(context.metrics, self._clock(), context.settings.latency_budget_s)
-        self.peer: Peer | None = None
+        self.peer: Link | None = None
+        self.leg = -1
+        """How many connections this session had before the one it has."""
+        self._arrival: Arrival | None = None
+        self._arrived = asyncio.Event()
+        self._first_index = self._next_index = 0
         self._stream: EngineStream | None = None
         self._stream_drops = self._stream_reanchored = 0
         # Chunks that this stream lost, by reason, as far as they are in the books.
@@ -159,41 +168,113 @@ class Session:
 
     # --- lifetime
 
-    async def run(self, offer_sdp: str) -> str:
-        """Answer the offer and serve; returns why the peer left. What it opens is closed when this ends.
+    async def run(self, connect: Connect) -> str:
+        """Open a connection and serve; returns why its peer left. What it opens is closed when this ends.
 
-        Raises: ServerError when the offer cannot be answered.
+        Raises: ServerError when the connection cannot be made.
         """
-        media, publishes = self._context.settings.media, self._outlet is not None
-        async with answer_offer(offer_sdp, media, publishes=publishes) as peer:
-            self.peer = peer
-            self.metrics.on_stage("answer", self._clock())
+        async with Door() as door:
+            peer = await door.open(connect)
+            self._join(peer)
             self.answered.set_result(peer.answer_sdp)
-            self._tell_rung()
             reason = "fault"
             try:
-                reason = await self._serve(peer)
+                reason = await self._serve(door, peer)
             except asyncio.CancelledError:
                 reason = "closed"
                 raise
             finally:
-                await self._sum_up(peer, reason)
+                if self._arrival is not None:
+                    self._arrival.refuse(NotFound("the session has ended", code="session_gone"))
+                await self._sum_up(peer if self.peer is None else self.peer, reason)
         return reason
 
-    async def _serve(self, peer: Peer) -> str:
-        """Run the session's tasks until the peer leaves; returns why it did."""
+    async def rejoin(self, connect: Connect) -> None:
+        """Go on over another connection; returns once it is open and the one before is to be closed.
+
+        Raises: NotFound, if the session ends meanwhile; Conflict, if yet another connection comes first; or what
+            `connect` raises, and the session stays as it is then.
+        """
+        if self._arrival is not None:
+            self._arrival.refuse(Conflict("another page took this session up at the same time", code="resumed_twice"))
+        self._arrival = arrival = Arrival(connect)
+        self._arrived.set()
+        await arrival.answered
+
+    async def _serve(self, door: Door, peer: Link) -> str:
+        """Run the session's tasks until the peer leaves for good; returns why it did."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                for work in (self._ingest, self._render, self._play, self._control, self._telemetry, self._watch):
-                    tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
-                tasks.create_task(self.scenes.run(), name=f"{self.id}/scenes")
+                for work in (self._render, self._play, self.scenes.run):
+                    tasks.create_task(work(), name=f"{self.id}/{work.__name__.strip('_')}")
                 if self._outlet is not None:
+                    assert isinstance(peer, Peer)
                     tasks.create_task(self._outlet.serve(peer), name=f"{self.id}/outlet")
+                tasks.create_task(self._follow_peers(door, peer), name=f"{self.id}/peers")
         except* PeerGone as gone:
             reason = _first_reason(gone)
         return reason
 
-    async def _sum_up(self, peer: Peer, reason: str) -> None:
+    async def _follow_peers(self, door: Door, peer: Link) -> None:
+        """One connection after the other. Raises PeerGone when nobody comes back."""
+        while True:
+            reason = await self._serve_peer(peer)
+            if reason != REPLACED:
+                if reason not in LOST or self._outlet is not None:
+                    raise PeerGone(reason)
+                await door.close()
+                log.info("session %s: its peer is lost (%s); it may come back", self.id, reason)
+                left_s = peer.last_packet_at + RESUME_S - time.monotonic()
+                try:
+                    await asyncio.wait_for(self._arrived.wait(), max(0.0, left_s))
+                except TimeoutError:
+                    raise PeerGone(reason) from None
+            peer = await self._take_up(door, peer)
+
+    async def _take_up(self, door: Door, peer: Link) -> Link:
+        """Open the connection that arrived, in the place of `peer`; returns `peer` when that cannot be done."""
+        arrival, self._arrival = self._arrival, None
+        self._arrived.clear()
+        assert arrival is not None
+        try:
+            fresh = await door.open(arrival.connect)
+        except ServerError as error:
+            arrival.refuse(error)
+            return peer
+        fresh.video_delay_s = peer.video_delay_s
+        self._join(fresh)
+        arrival.accept()
+        await door.close_before()
+        return fresh
+
+    async def _serve_peer(self, peer: Link) -> str:
+        """Serve one connection; returns why it ended, REPLACED if another has arrived."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for work in (self._ingest, self._control, self._telemetry, self._watch):
+                    tasks.create_task(work(peer), name=f"{self.id}/{work.__name__.strip('_')}")
+        except* PeerGone as gone:
+            reason = _first_reason(gone)
+        return reason
+
+    def _join(self, peer: Link) -> None:
+        """Have a connection as the session's own from now on; a page that came back knows nothing of before."""
+        self.peer = peer
+        self.leg += 1
+        self.metrics.on_stage("answer", self._clock())
+        # Frames are counted on over connections, requests anew with each.
+        self._first_index = self._next_index
+        self._acks = AckBook()
+        self._bad_messages = 0
+        self._told = ""
+        status = self._context.engine.status
+        if self.leg > 0 and status.state in STAGES:
+            self._tell_progress(status)
+        if self.leg > 0 and self.scenes.list is not None:
+            self._tell_params("The scene list goes on.", "scene")
+        self._tell_rung()
+
+    async def _sum_up(self, peer: Link, reason: str) -> None:
         """One line of figures in the log, and the same to a page that is still there."""
         self._take_unsent(peer)
         summary = self.metrics.summary(self._clock()) | {
@@ -206,23 +287,32 @@ class Session:
             peer.send_control(control.encode("summary", **summary))
             await asyncio.sleep(GOODBYE_S)
 
-    async def _watch(self, peer: Peer) -> None:
-        raise PeerGone(await peer.wait_until_gone())
+    async def _watch(self, peer: Link) -> None:
+        gone = asyncio.create_task(peer.wait_until_gone(), name=f"{self.id}/gone")
+        arrived = asyncio.create_task(self._arrived.wait(), name=f"{self.id}/arrived")
+        try:
+            await asyncio.wait({gone, arrived}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            arrived.cancel()
+        raise PeerGone(REPLACED if self._arrived.is_set() else gone.result())
 
     # --- camera to engine
 
-    async def _ingest(self, peer: Peer) -> None:
+    async def _ingest(self, peer: Link) -> None:
         """Feed the newest camera frame of the agreed rate to the engine, or to the pacer while there is none."""
         loop = asyncio.get_running_loop()
         width, height = self._context.engine.frame_size
         while (frame := await peer.next_frame()) is not None:
+            index = self._first_index + frame.index
+            self._next_index = index + 1
             admitted = self._gate.admit(frame.arrived_at)
             self.metrics.on_stage("connected", peer.connected_at or self._clock())
-            self.metrics.on_arrival(self._clock(), frame.index, frame.arrived_at, admitted=admitted)
+            self.metrics.on_arrival(self._clock(), index, frame.arrived_at, admitted=admitted)
             if not admitted:
                 continue
             rgb = await loop.run_in_executor(self._context.executor, to_rgb, frame.picture, width, height)
-            self._take(rgb, frame.index, frame.arrived_at)
+            self._take(rgb, index, frame.arrived_at)
         for reason, message in INPUT_FAULTS.items():
             if peer.counters.get(reason):
                 self._notice(reason, message.format(limit=self._context.settings.media.max_input_pixels))
@@ -276,7 +366,7 @@ class Session:
 
     # --- engine to pacer
 
-    async def _render(self, peer: Peer) -> None:
+    async def _render(self) -> None:
         """Keep a stream open on the engine whenever there is one, and queue what it renders."""
         engine = self._context.engine
         was_lost = False
@@ -414,7 +504,7 @@ class Session:
         self.metrics.on_dropped(now, "pacer_full", [picture.index for picture in dropped])
         self._released.set()
 
-    async def _play(self, peer: Peer) -> None:
+    async def _play(self) -> None:
         """Release every picture when it is due."""
         while True:
             due = self._pacer.due_at()
@@ -427,9 +517,10 @@ class Session:
                 continue
             now = self._clock()
             self.metrics.on_dropped(now, "too_old", [picture.index for picture in self._pacer.shed(now)])
-            self._release(peer, self._pacer.pop(now))
+            assert self.peer is not None
+            self._release(self.peer, self._pacer.pop(now))
 
-    def _release(self, peer: Peer, picture: Picture) -> None:
+    def _release(self, peer: Link, picture: Picture) -> None:
         now = self._clock()
         frame = self._presenter.present(picture)
         if self._outlet is None:
@@ -443,7 +534,7 @@ class Session:
 
     # --- control and telemetry
 
-    async def _control(self, peer: Peer) -> None:
+    async def _control(self, peer: Link) -> None:
         """Follow the messages of the page; the rate limit and the parser are the walls."""
         bucket = control.TokenBucket(control.MESSAGES_PER_S, control.MESSAGES_BURST)
         while (text := await peer.next_message()) is not None:
@@ -499,6 +590,16 @@ class Session:
         if change.bypass is not None:
             self._presenter.bypass = change.bypass
         self._tell_params(f"Steered from outside ({by}).", by)
+
+    def take_over(self, change: control.ParamsChange, bypass: bool | None) -> None:
+        """Follow what a page that came back asks for.
+
+        Raises: ControlError for more steps than the model has timesteps for; nothing is changed then.
+        """
+        control.check_steps(change, self._context.steps_max)
+        self._make(change)
+        if bypass is not None:
+            self._presenter.bypass = bypass
 
     def _follow_scene(self, scene: control.Scene) -> int | None:
         revision = self._make(scene)
@@ -561,7 +662,7 @@ class Session:
         if self.peer is not None:
             self.peer.send_control(control.encode("notice", code=code, message=message, **fields))
 
-    async def _telemetry(self, peer: Peer) -> None:
+    async def _telemetry(self, peer: Link) -> None:
         """Frame marks and figures, twice a second."""
         while True:
             await asyncio.sleep(TELEMETRY_PERIOD_S)
@@ -575,7 +676,7 @@ class Session:
                 peer.send_telemetry(control.encode("marks", frames=marks))
             peer.send_telemetry(control.encode("stats", **self.stats()))
 
-    def _take_unsent(self, peer: Peer) -> None:
+    def _take_unsent(self, peer: Link) -> None:
         for index, reason in peer.take_unsent():
             self.metrics.on_unsent(self._clock(), reason, index)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +18,10 @@ from server.bodies import MAX_BODY_BYTES, read_json
 from server.catalogue import model_name
 from server.control import ControlError, ParamsChange, TokenBucket, check_steps
 from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests, problem
+from server.peer import answer_offer
 from server.registry import SessionRegistry
 from server.rest import Rest
+from server.resume import Wish
 from server.session import SessionContext
 from server.steering import Steering
 from server.turn import LIFETIME_S, ice_servers
@@ -38,16 +41,11 @@ CONTENT_SECURITY_POLICY = (
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Offer(BaseModel):
+class Offer(Wish):
     """Body of POST /api/v1/webrtc/offer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: str = Field(pattern="^offer$")
     sdp: str
-    params: ParamsChange = ParamsChange()
-    bypass: bool = False
-    own_class: str = Field(default="", max_length=MAX_CLASS_CHARS, alias="class")
 
 
 class Candidates(BaseModel):
@@ -205,27 +203,11 @@ class Signalling:
         if not self._offers.take(self._context.clock()):
             raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
         offer = await read_json(request, Offer)
-        try:
-            check_steps(offer.params, self._context.steps_max)
-        except ControlError as error:
-            raise BadRequest(f"params.{error}") from error
-        session = await self._registry.answer(
-            offer.sdp,
-            offer.params.applied_to(StreamParams(steps=self._context.settings.steps)),
-            transition_s=offer.params.transition_s or 0.0,
-            bypass=offer.bypass,
-            own_class=offer.own_class,
-        )
-        url = f"/api/v1/webrtc/offer/{session.id}"
-        width, height = self._context.engine.frame_size
-        body = {
-            "type": "answer",
-            "sdp": session.answered.result(),
-            "session": session.id,
-            "url": url,
-            "fps": session.fps,
-            "size": f"{width}x{height}",
-        }
+        entry = await self._registry.enter(partial(answer_offer, offer.sdp, self._context.settings.media), offer)
+        assert entry.session.peer is not None
+        url = f"/api/v1/webrtc/offer/{entry.name}"
+        body: dict[str, object] = {"type": "answer", "sdp": entry.session.peer.answer_sdp, "url": url}
+        body |= entry.as_json(self._context.engine.frame_size)
         return web.json_response(body, status=201, headers={"Location": url})
 
     async def _trickle(self, request: web.Request) -> web.Response:

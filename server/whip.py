@@ -42,6 +42,7 @@ from server.errors import (
 from server.matte import MatteProcess, asked_form
 from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
+from server.resume import Link
 from server.sdp_gate import MAX_BYTES, check_offer
 from server.session import Session, SessionContext
 from server.turn import ice_servers
@@ -226,7 +227,7 @@ class Whip(Collector):
             return stream.ufrag, None
         raise NotFound("no such session: it has ended; POST a new offer", code="session_gone")
 
-    async def _trickle(self, request: web.Request, ufrag: str, peer: Peer | None) -> None:
+    async def _trickle(self, request: web.Request, ufrag: str, peer: Link | None) -> None:
         """Take candidates. What is not usable is left out in silence, as the RFC has it."""
         text = (await read_body(request, FRAGMENT)).decode(errors="replace")
         fragment = parse_fragment(text)

@@ -118,7 +118,9 @@ class Visitor:
     async def leave(self) -> None:
         await self.connection.close()
         if self._reader:
-            await self._reader
+            # A track of a connection that the server ended first does not end.
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
         await self.http.close()
 
 
