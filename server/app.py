@@ -17,6 +17,7 @@ from aiohttp import web
 
 from engine.api import Engine
 from engine.client import LocalEngine
+from engine.cluster import Cluster, arrange
 from engine.config import MAX_STEPS, EngineSettings, ServingProfile
 from engine.fake import FakeEngine
 from server.catalogue import load_styles, steps_max
@@ -43,7 +44,9 @@ def make_engine(settings: ServerSettings) -> Engine:
             first_chunk_frames=_profile(engine).first_chunk_frames,
             held_chunks=settings.steps - 1 if engine.mode == "batch" else 0,
         )
-    return LocalEngine(engine)
+    groups, reason = arrange(engine)
+    log.info("engine: %s", reason)
+    return LocalEngine(groups[0]) if len(groups) == 1 else Cluster([LocalEngine(group) for group in groups])
 
 
 def _profile(settings: EngineSettings) -> ServingProfile:

@@ -53,6 +53,8 @@ def serve(options: argparse.Namespace) -> int:
         (("engine", "vae"), "--vae", options.vae),
         (("engine", "mode"), "--mode", options.mode),
         (("engine", "attention"), "--attention", options.attention),
+        (("engine", "ranks"), "--ranks", options.ranks),
+        (("engine", "replicas"), "--replicas", options.replicas),
         (("engine", "compile"), "--compile", options.compile),
         (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
@@ -222,6 +224,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("sequential", "batch"), help="steps one after another, or a stream batch")
     parser.add_argument("--vae", choices=("auto", "full", "light"), help="of Wan: its own, or the light one")
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
+    parser.add_argument("--ranks", metavar="N", help="processes that a model is spread over, a ring (default: auto, 1)")
+    parser.add_argument("--replicas", metavar="M", help="whole models side by side (default: auto, 1)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
     parser.add_argument("--osc-port", type=int, metavar="PORT", help="steer by OSC on this UDP port of loopback")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine.choose import AUTO, Choice, ChoiceError, Machine, choose, parse_device
-from engine.config import EngineSettings, ServingProfile
+from engine.choose import Choice, ChoiceError, Machine, choose, parse_device
+from engine.config import AUTO, EngineSettings, ServingProfile
 from server.machine import find_machine, need_of
 from server.settings import ServerSettings
 

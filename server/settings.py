@@ -161,8 +161,8 @@ class ServerSettings(BaseModel):
     def _agrees_with_itself(self) -> Self:
         if self.min_fps > self.max_fps:
             raise ValueError(f"min_fps {self.min_fps} must not be above max_fps {self.max_fps}")
-        if self.max_sessions > self.engine.max_streams:
-            raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {self.engine.max_streams}")
+        if self.max_sessions > (most := self.engine.max_streams * self.engine.replica_count):
+            raise ValueError(f"max_sessions {self.max_sessions} is over engine.max_streams {most}, of all replicas")
         low, high = self.media.udp_range
         if self.media.udp_ports and high - low + 1 < self.max_sessions:
             raise ValueError(
