@@ -94,7 +94,7 @@ async def test_without_any_group_nothing_opens_and_the_wait_ends_with_the_last(g
             pass
     waiting = asyncio.create_task(cluster.wait_ready())
     await asyncio.sleep(0)
-    await groups[0].start()
+    await cluster.start()
     await asyncio.wait_for(waiting, 30)
     await cluster.close()
     with pytest.raises(EngineError, match="closed"):
