@@ -69,7 +69,7 @@ async function main() {
     ui.setShape(width, height);
   }
   const first = styles.find((style) => style.id === FIRST_STYLE) ?? styles[0];
-  await session.set({ prompt: first?.prompt ?? "", steps: model?.steps ?? 1, ...settings });
+  session.begin({ prompt: first?.prompt ?? "", steps: model?.steps ?? 1, ...settings });
   ui.setStyles(styles, model?.steps_max ?? 1, model?.seed ?? true);
   if (autostart) await session.start(source);
 }

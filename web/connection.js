@@ -104,23 +104,28 @@ export class Connection extends EventTarget {
    * Negotiates. The tracks may be given later by setTracks: connecting and opening a camera overlap.
    * @param {{prompt: string, strength: number, steps: number, seed: number}} params
    * @param {boolean} bypass
+   * @param {{token: string, keep: boolean} | null} resume the session to go on with; keep: with its own settings
+   * @returns {Promise<object | null>} the server's answer (docs/protocol.md); null if closed meanwhile
    * @throws {ConnectionLost}
    */
-  async open(params, bypass) {
+  async open(params, bypass, resume = null) {
     await this.#pc.setLocalDescription();
-    const body = { type: "offer", sdp: this.#pc.localDescription.sdp, params, bypass };
+    const body = { type: "offer", sdp: this.#pc.localDescription.sdp, params, bypass, ...(resume ? { resume } : {}) };
     const response = await this.#http("POST", OFFER_URL, body);
     if (!response.ok) throw await problemOf(response);
     const answer = await response.json();
     this.#url = answer.url;
-    if (this.#closed) return this.#goodbye();
+    if (this.#closed) {
+      this.#goodbye();
+      return null;
+    }
     this.session = answer.session;
     this.agreedFps = answer.fps;
     this.#flush();
     await this.#pc.setRemoteDescription({ type: "answer", sdp: answer.sdp });
     this.#heardAt = performance.now() + CONNECT_TIMEOUT_MS - SILENCE_MS;
     this.#timers.push(setInterval(() => this.#tick(), PING_MS));
-    return undefined;
+    return answer;
   }
 
   /**
@@ -187,9 +192,10 @@ export class Connection extends EventTarget {
     this.#requests.clear();
   }
 
+  /** No goodbye: the session is to be found again. */
   #lose(code, message, options) {
     if (this.#closed) return;
-    this.close();
+    this.#release();
     this.#emit("lost", new ConnectionLost(code, message, options));
   }
 

@@ -2,6 +2,7 @@
 
 import { Connection, ConnectionLost, IceServers } from "./connection.js";
 import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sources.js";
+import { Ticket } from "./ticket.js";
 
 const BACKOFF_S = [0.5, 1, 2, 4, 8];
 const FULL_RETRY_S = 5;
@@ -48,6 +49,9 @@ export class LiveSession extends EventTarget {
   #openedAt = 0;
   #retryTimer = 0;
   #microphone = null;
+  #ticket = new Ticket();
+  /** Whether the settings were chosen here, and do not give way to those of a session that is resumed. */
+  #own = false;
   /** Counts starts and stops: what was awaited in an older one is thrown away. */
   #epoch = 0;
 
@@ -99,7 +103,14 @@ export class LiveSession extends EventTarget {
     clearTimeout(this.#retryTimer);
     this.#disconnect({ leaving });
     this.#dropSource();
+    if (!leaving) this.#ticket.token = null;
     if (this.active) this.#set("stopped");
+  }
+
+  /** What is set where nobody has chosen anything: a session that is resumed has its own. @param {Partial<Settings>} defaults */
+  begin(defaults) {
+    this.settings = { ...this.settings, ...defaults };
+    this.#emit("change");
   }
 
   /**
@@ -108,6 +119,7 @@ export class LiveSession extends EventTarget {
    * @returns {Promise<object>} the server's ack: `first_frame` is the first frame that shows it, null if none is known
    */
   async set(change) {
+    this.#own = true;
     const before = this.settings;
     // One style asked for replaces a mix, here as in the server.
     if ("prompt" in change && !("blend" in change)) change = { ...change, blend: [] };
@@ -127,6 +139,7 @@ export class LiveSession extends EventTarget {
 
   /** @param {boolean} on show the camera as it is */
   async setBypass(on) {
+    this.#own = true;
     this.bypass = on;
     this.#emit("change");
     return (await this.connection?.request("bypass", { on })) ?? null;
@@ -231,8 +244,12 @@ export class LiveSession extends EventTarget {
     this.#listen(connection);
     try {
       if (this.source) await this.#giveTracks();
-      await connection.open(this.settings, this.bypass);
+      const { token } = this.#ticket;
+      const answer = await connection.open(this.settings, this.bypass, token ? { token, keep: !this.#own } : null);
+      if (answer === null) return;
       this.#openedAt = performance.now();
+      this.#ticket.token = answer.resume;
+      this.#adopt(answer);
       // Set while the offer was under way: the newer settings and source win.
       if (this.source && connection === this.connection) await this.#giveTracks();
     } catch (error) {
@@ -240,6 +257,16 @@ export class LiveSession extends EventTarget {
       if (!(error instanceof ConnectionLost)) throw error;
       this.#onLost(error);
     }
+  }
+
+  /** A page that was reloaded goes on with what was set before, unless something else was chosen meanwhile. */
+  #adopt(answer) {
+    if (answer.resumed && !this.#own) {
+      for (const key of Object.keys(this.settings)) this.settings[key] = answer.params[key] ?? this.settings[key];
+      this.bypass = answer.bypass;
+      this.#emit("change");
+    }
+    this.#own = true;
   }
 
   #listen(connection) {
