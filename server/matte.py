@@ -98,14 +98,25 @@ def _unit(plane: object) -> NDArray[np.float32]:
 def cleaned(rgb: Image, matte: Image) -> Image:
     """The picture with the person's own colours drawn outwards over the edge: no rim of the old background is left."""
     side = 2 * max(1, round(SPREAD_PX * rgb.shape[0] / 256)) + 1
-    share = _unit(matte)
+    square = _unit(matte) ** 2
     # Only pixels that are wholly the person's count: a half transparent one is half of what was behind.
-    weight = share**4
-    total = np.asarray(cv2.blur(weight, (side, side)), np.float32)[..., None]
-    keep = (weight * weight)[..., None]
-    around = np.asarray(cv2.blur(rgb * weight[..., None], (side, side)), np.float32) / np.maximum(total, 1e-4)
-    found: Image = (keep * rgb + (1 - keep) * around + 0.5).clip(0, 255).astype(np.uint8)
-    return found
+    weight = square * square
+    total = np.maximum(cv2.blur(weight, (side, side)), np.float32(1e-4))
+    picture = rgb.astype(np.float32)
+    around = cv2.divide(cv2.blur(cv2.multiply(picture, _thrice(weight)), (side, side)), _thrice(total))
+    return _mixed(picture, around, weight * weight)
+
+
+def _thrice(plane: object) -> NDArray[np.float32]:
+    """[H, W] -> [H, W, 3]; OpenCV's arithmetic on that takes half the time of broadcasting."""
+    return np.asarray(cv2.merge([np.asarray(plane, np.float32)] * 3), np.float32)
+
+
+def _mixed(over: object, under: object, share: NDArray[np.float32]) -> Image:
+    """`share` of the one [H, W, 3] picture and the rest of the other, rounded."""
+    base = np.asarray(under, np.float32)
+    mixed = base + cv2.multiply(cv2.subtract(np.asarray(over, np.float32), base), _thrice(share))
+    return np.asarray(cv2.convertScaleAbs(mixed), np.uint8)
 
 
 def packed(rgb: Image, matte: Image) -> Image:
@@ -115,8 +126,9 @@ def packed(rgb: Image, matte: Image) -> Image:
 
 def before_green(rgb: Image, matte: Image) -> Image:
     """[H, W, 3]: the person before plain green."""
-    share = matte.astype(np.float32)[..., None] / 255
-    return (share * rgb + (1 - share) * np.array(GREEN, np.float32) + 0.5).astype(np.uint8)
+    green = np.empty(rgb.shape, np.float32)
+    green[:] = GREEN
+    return _mixed(rgb, green, _unit(matte))
 
 
 def _small(camera: Image) -> Image:
