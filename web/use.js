@@ -86,7 +86,7 @@ class Panel {
       ),
       this.#note,
       this.#section("1. Send your picture from OBS", [["whip", "Server (WHIP)"], ["publish", "Bearer Token"]], [
-        "Settings, Stream: Service WHIP; the two fields above.",
+        "Settings, Stream: Service WHIP, and what stands above.",
         "Settings, Output, Streaming: Video Encoder H.264 (x264, NVENC H.264, ...), not HEVC or AV1; Rate Control CBR, 2500 Kbps; Keyframe Interval 1 s; B-frames 0; x264: Tune zerolatency.",
         ["Settings, Video: Output Resolution near ", this.#size, ", 30 FPS. More is scaled down anyway."],
         "Then Start Streaming. The painting begins within a second or two.",
