@@ -20,12 +20,16 @@ from engine.client import LocalEngine
 from engine.cluster import Cluster, arrange
 from engine.config import MAX_STEPS, EngineSettings, ServingProfile
 from engine.fake import FakeEngine
+from server.access import new_token
 from server.catalogue import load_styles, steps_max
+from server.health import ADMIN_HOST, admin_application
+from server.limits import Connections, GuardedSite
 from server.metrics import ServerMetrics
 from server.osc import listening
 from server.registry import SessionRegistry
+from server.roles import Role
 from server.session import SessionContext
-from server.settings import ServerSettings
+from server.settings import ServerSettings, TokenSettings
 from server.signalling import Signalling
 
 log = logging.getLogger(__name__)
@@ -61,8 +65,11 @@ def _profile(settings: EngineSettings) -> ServingProfile:
 async def running_server(settings: ServerSettings, engine: Engine) -> AsyncIterator[tuple[SessionContext, int]]:
     """A listening server over an engine it starts and closes; yields its context and port.
 
-    Raises: OSError when the port is taken, FileNotFoundError for an unknown model.
+    Raises: OSError when a port is taken, FileNotFoundError for an unknown model, ValueError for a host that is not
+        loopback without tokens.
     """
+    if not settings.is_loopback and not settings.tokens.by_role():
+        raise ValueError(f"host {settings.host} is reached from elsewhere and no token is set")
     local = settings.engine_kind == "local"
     styles = load_styles(settings.engine.model_dir) if local else []
     most_steps = steps_max(settings.engine) if local else MAX_STEPS
@@ -88,16 +95,25 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             auto_decompress=False,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
+        admin = web.AppRunner(admin_application(engine, metrics.registry), access_log=None, auto_decompress=False)
         await runner.setup()
+        await admin.setup()
         try:
-            site = web.TCPSite(runner, settings.host, settings.port)
+            site = GuardedSite(runner, settings.host, settings.port, signalling.guard.connections)
             await site.start()
+            port: int = runner.addresses[0][1]
+            admin_port = settings.admin_port
+            if admin_port is None:
+                admin_port = (port + 1) % 65536 if settings.port else 0
+            await GuardedSite(admin, ADMIN_HOST, admin_port, Connections(lambda reason: None)).start()
+            log.info("metrics at http://%s:%d/metrics", *admin.addresses[0][:2])
             await engine.start()
             osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
             async with registry, osc:
-                yield context, runner.addresses[0][1]
+                yield context, port
         finally:
             await runner.cleanup()
+            await admin.cleanup()
             await engine.close()
 
 
@@ -107,6 +123,7 @@ async def serve(settings: ServerSettings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    settings = _with_tokens(settings)
     engine = make_engine(settings)
     try:
         async with running_server(settings, engine) as (_, port):
@@ -115,11 +132,29 @@ async def serve(settings: ServerSettings) -> int:
             print("Stopping.", flush=True)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            print(f"port {settings.port} of {settings.host} is in use: choose another with --port", file=sys.stderr)
+            print(f"{error.strerror}: choose other ports with --port and --admin-port", file=sys.stderr)
         else:
             print(f"cannot start: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _with_tokens(settings: ServerSettings) -> ServerSettings:
+    """The settings, with tokens made and printed once where the server is reached from elsewhere and has none."""
+    if settings.is_loopback:
+        return settings
+    print(
+        "This is plain HTTP: browsers give no camera to it, and tokens can be read on the way. Put an HTTPS proxy"
+        " before it (docs/security.md).",
+        file=sys.stderr,
+    )
+    if settings.tokens.by_role():
+        return settings
+    made = {str(role): new_token() for role in Role}
+    print("No tokens are set, so these were made for this run; set them as LIVEBRUSH_TOKENS__VIEW, ... to keep them:")
+    for role, token in made.items():
+        print(f"  {role:8} {token}", flush=True)
+    return settings.model_copy(update={"tokens": TokenSettings.model_validate(made)})
 
 
 def _count_strays(metrics: ServerMetrics) -> Any:

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.camera_command import add_camera_parser
+from server.link_command import add_link_parser
 from server.load import add_load_parser
 from server.models_command import add_models_parser
 from server.plan_command import add_plan_parser
@@ -38,13 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C."""
-    import logging
-
     from server.configure import SettingsError, resolve
 
     given: list[tuple[tuple[str, ...], str, object]] = [
         (("host",), "--host", options.host),
         (("port",), "--port", options.port),
+        (("admin_port",), "--admin-port", options.admin_port),
         (("media", "udp_ports"), "--udp-ports", options.udp_ports),
         (("media", "turn_urls"), "--turn-url", options.turn_url),
         (("media", "turn_secret"), "--turn-secret", options.turn_secret),
@@ -52,9 +53,9 @@ def serve(options: argparse.Namespace) -> int:
         *_engine_flags(options),
         (("engine", "vae"), "--vae", options.vae),
         (("engine", "mode"), "--mode", options.mode),
-        (("engine", "attention"), "--attention", options.attention),
         (("engine", "ranks"), "--ranks", options.ranks),
         (("engine", "replicas"), "--replicas", options.replicas),
+        (("engine", "attention"), "--attention", options.attention),
         (("engine", "compile"), "--compile", options.compile),
         (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
@@ -68,10 +69,9 @@ def serve(options: argparse.Namespace) -> int:
         print(resolved.choice.reason, flush=True, file=sys.stderr)
 
     from server.app import serve as run_server
+    from server.redaction import configure_logging
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # It tells of every candidate pair it tries.
-    logging.getLogger("aioice").setLevel(logging.WARNING)
+    configure_logging()
     return asyncio.run(run_server(resolved.settings))
 
 
@@ -201,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_restyle(commands.add_parser("restyle", help="restyle a video file"))
     _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
     add_models_parser(commands)
+    add_camera_parser(commands)
+    add_link_parser(commands)
     add_load_parser(commands)
     add_plan_parser(commands)
     return parser
@@ -208,8 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=serve)
-    parser.add_argument("--host", help="loopback address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1); any other needs tokens")
     parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
+    parser.add_argument("--admin-port", type=int, help="TCP port of /metrics, on loopback (default: the one after)")
     parser.add_argument("--udp-ports", metavar="LOW-HIGH", help="media only in this range (default: any port)")
     parser.add_argument("--turn-url", action="append", metavar="URL", help="a relay for clients, turn:HOST:PORT")
     parser.add_argument(
@@ -221,11 +224,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, help="denoising steps a session begins with, 1 to 4 (default: the model's)"
     )
     parser.add_argument("--fps", type=float, help="output rate when there is room (default: the model's)")
+    parser.add_argument("--ranks", metavar="N", help="processes that a model is spread over, a ring (default: auto, 1)")
+    parser.add_argument("--replicas", metavar="M", help="whole models side by side (default: auto, 1)")
     parser.add_argument("--mode", choices=("sequential", "batch"), help="steps one after another, or a stream batch")
     parser.add_argument("--vae", choices=("auto", "full", "light"), help="of Wan: its own, or the light one")
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
-    parser.add_argument("--ranks", metavar="N", help="processes that a model is spread over, a ring (default: auto, 1)")
-    parser.add_argument("--replicas", metavar="M", help="whole models side by side (default: auto, 1)")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
     parser.add_argument("--osc-port", type=int, metavar="PORT", help="steer by OSC on this UDP port of loopback")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")

@@ -25,7 +25,7 @@ from server.settings import ServerSettings
 
 ENVIRONMENT_PREFIX = "LIVEBRUSH_"
 # Names with the prefix that are no settings: the browser that the tests drive.
-OTHER_VARIABLES = {"LIVEBRUSH_CHROMIUM", "LIVEBRUSH_MODELS_DIR"}
+OTHER_VARIABLES = {"LIVEBRUSH_CHROMIUM", "LIVEBRUSH_MODELS_DIR", "LIVEBRUSH_TOKEN"}
 MODEL, DEVICE = ("engine", "model"), ("engine", "device")
 SettingPath = tuple[str, ...]
 
@@ -153,7 +153,7 @@ def _own_figures(
     yield ("engine", "height"), size[1]
     yield ("steps",), profile.steps
     yield ("max_fps",), profile.fps
-    yield ("max_sessions",), min(engine.max_streams, int(ServerSettings.model_fields["max_sessions"].default))
+    yield ("max_sessions",), min(_seats(engine), int(ServerSettings.model_fields["max_sessions"].default))
     yield ("min_fps",), min(profile.fps, float(ServerSettings.model_fields["min_fps"].default))
     if engine.mode == "batch":
         # A chunk comes back as many chunks later as it has further steps: later than one budget for all allows.
@@ -161,6 +161,10 @@ def _own_figures(
         steps, fps = values.get("steps", profile.steps), values.get("max_fps", profile.fps)
         with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # refused below, with its name
             yield ("latency_budget_s",), budget_s + (int(str(steps)) - 1) * profile.chunk_frames / float(str(fps))
+
+
+def _seats(engine: EngineSettings) -> int:
+    return engine.max_streams * engine.replica_count
 
 
 def explain(error: ValidationError, origins: Mapping[SettingPath, str] | None = None) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.control import SceneGo, SceneList, SessionChange
+from server.links import LinkWish
 
 JSON = "application/json"
 SCHEMAS = "#/components/schemas/"
@@ -68,6 +69,7 @@ CALLS = (
     Call("get", "/api/v1/capacity", "Seats, rate and cost", ((200, "seats, rung, load, costs"),)),
     Call("get", "/api/v1/ice-servers", "RTCConfiguration for a page", ((200, "iceServers"),)),
     Call("get", "/api/v1/openapi.json", "This document", ((200, "an OpenAPI document"),)),
+    Call("post", "/api/v1/links", "Make a link that expires", ((201, "the link"), (400, "broken")), LinkWish),
     Call("get", "/api/v1/sessions", "Every open session", ((200, "the sessions"),)),
     *_steered("/api/v1/sessions/{id}", "session"),
     Call("get", "/api/v1/streams", "Every published stream", ((200, "the streams"),)),

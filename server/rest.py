@@ -26,12 +26,11 @@ STREAM = "/api/v1/streams/{stream}"
 
 
 class Rest:
-    """The handlers. `authorize` raises for a request that may not steer."""
+    """The handlers; who may ask what is decided before them, in server/guard.py."""
 
-    def __init__(self, context: SessionContext, steering: Steering, authorize: Callable[[web.Request], None]) -> None:
+    def __init__(self, context: SessionContext, steering: Steering) -> None:
         self._context = context
         self._steering = steering
-        self._authorize = authorize
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes."""
@@ -60,7 +59,6 @@ class Rest:
 
     def _checked(self, handler: Handler) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            self._authorize(request)
             try:
                 return await handler(request)
             except ControlError as error:

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from engine.config import MAX_STEPS, EngineSettings
-from server.access import Role
+from server.roles import Role
 
 # Goes into a header as it is.
 TURN_URL = re.compile(r"turns?:[A-Za-z0-9._\-\[\]:]{1,200}(\?transport=(udp|tcp))?")
@@ -114,7 +114,7 @@ class ServerSettings(BaseModel):
         default=None,
         ge=0,
         le=65535,
-        description="TCP port of /metrics, on loopback alone; the one after `port` if not set, a free one where that is 0",
+        description="TCP port of /metrics, on loopback alone; default: the one after `port`, free if that is 0",
     )
     tokens: TokenSettings = Field(
         default=TokenSettings(),

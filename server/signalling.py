@@ -10,19 +10,21 @@ from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
-from engine.api import EngineState, StreamParams
+from server.access import Access
 from server.bodies import MAX_BODY_BYTES, read_json
 from server.catalogue import model_name
-from server.control import ControlError, ParamsChange, TokenBucket, check_steps
-from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests, problem
+from server.errors import ServerError, problem
+from server.guard import Guard
+from server.health import health_routes
+from server.links import link_route
 from server.peer import answer_offer
 from server.registry import SessionRegistry
 from server.rest import Rest
 from server.resume import Wish
 from server.session import SessionContext
+from server.socket_route import socket_route
 from server.steering import Steering
 from server.turn import LIFETIME_S, ice_servers
 from server.whip import Whip
@@ -31,11 +33,14 @@ log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 24
 MAX_CLASS_CHARS = 32
-OFFERS_PER_S = 2.0
-OFFERS_BURST = 30
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob: mediastream:; "
-    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# What the page uses; everything else is off for it and for whatever it might be made to load.
+PERMISSIONS_POLICY = (
+    "camera=(self), microphone=(self), display-capture=(self), midi=(self), autoplay=(self), fullscreen=(self), "
+    "clipboard-write=(self), screen-wake-lock=(self), geolocation=(), payment=(), usb=(), serial=(), hid=()"
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -69,25 +74,27 @@ class Signalling:
         self._registry = registry
         self._styles = styles
         self._whip = Whip(context, registry)
+        self._access = Access(context.settings.tokens.by_role())
+        self.guard = Guard(context.settings, self._access)
+        context.metrics.registry.register(self.guard)
         self.steering = Steering(registry, self._whip)
-        self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
 
     def application(self) -> web.Application:
         """The aiohttp application with every route."""
-        app = web.Application(middlewares=[self._wall], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[self._wall, self.guard.middleware], client_max_size=MAX_BODY_BYTES)
         self._whip.add_to(app)
-        Rest(self._context, self.steering, self._whip.authorize).add_to(app)
+        Rest(self._context, self.steering).add_to(app)
         offer = "/api/v1/webrtc/offer"
         app.add_routes(
             [
-                web.get("/healthz", self._healthz),
-                web.get("/readyz", self._readyz),
-                web.get("/metrics", self._metrics),
+                *health_routes(self._context.engine),
+                link_route(self._access),
                 web.get("/api/v1/version", self._version),
                 web.get("/api/v1/models", self._models),
                 web.get("/api/v1/ice-servers", self._ice_servers),
                 web.get("/api/v1/capacity", self._capacity),
                 web.post(offer, self._offer),
+                socket_route(self._context, self._registry),
                 web.patch(offer + "/{id}", self._trickle),
                 web.delete(offer + "/{id}", self._delete),
                 web.post(offer + "/{id}/close", self._delete),
@@ -103,7 +110,6 @@ class Signalling:
     async def _wall(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Every refusal in one shape; a fault of ours is logged, counted and answered without its details."""
         try:
-            self._check_origin(request)
             return await handler(request)
         except ServerError as error:
             if request.method == "POST" and not request.path.endswith("/close"):
@@ -117,31 +123,6 @@ class Signalling:
             self._context.metrics.faults.labels("http").inc()
             log.exception("%s %s failed", request.method, request.path)
             return problem(ServerError("the server failed at this request; its log says why"))
-
-    def _check_origin(self, request: web.Request) -> None:
-        """Same origin only, and only under a name of this machine: stops other pages and DNS rebinding."""
-        host = request.host.rsplit(":", 1)[0] if not request.host.endswith("]") else request.host
-        allowed = self._context.settings.allowed_hosts
-        if host not in allowed:
-            raise Forbidden(f"host {host!r} is not one of {', '.join(allowed)}; add it to allowed_hosts")
-        origin = request.headers.get("Origin")
-        if origin is not None and origin.split("://", 1)[-1] != request.host and not self._whip.admits(request):
-            raise Forbidden("requests from other origins are refused")
-
-    # --- health
-
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _readyz(self, request: web.Request) -> web.Response:
-        status = self._context.engine.status
-        ready = status.state is EngineState.READY
-        body = {"ready": ready, "stage": str(status.state), "percent": status.percent, "detail": status.detail}
-        return web.json_response(body, status=200 if ready else 503)
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        text = generate_latest(self._context.metrics.registry)
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     # --- what there is
 
@@ -200,8 +181,6 @@ class Signalling:
     # --- sessions
 
     async def _offer(self, request: web.Request) -> web.Response:
-        if not self._offers.take(self._context.clock()):
-            raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
         offer = await read_json(request, Offer)
         entry = await self._registry.enter(partial(answer_offer, offer.sdp, self._context.settings.media), offer)
         assert entry.session.peer is not None
@@ -224,6 +203,7 @@ class Signalling:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    response.headers.setdefault("Permissions-Policy", PERMISSIONS_POLICY)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Referrer-Policy", "no-referrer")
     response.headers.setdefault("Cache-Control", "no-cache")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import logging
 import re
 import secrets
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 from engine.api import StreamParams
 from server.bodies import read_body
 from server.broadcast import Broadcast, Feed
-from server.control import ControlError, SessionChange, TokenBucket, check_steps
+from server.control import ControlError, SessionChange, check_steps
 from server.errors import (
     BadRequest,
     Conflict,
@@ -35,8 +34,6 @@ from server.errors import (
     ServerError,
     ShuttingDown,
     TooLarge,
-    TooManyRequests,
-    Unauthorized,
     Unsupported,
 )
 from server.matte import MatteProcess, asked_form
@@ -56,8 +53,6 @@ CODEC = re.compile(r"^a=rtpmap:\d+ ([A-Za-z0-9.+-]+)/90000\s*$", re.MULTILINE)
 PLAYABLE = {"VP8", "H264"}
 # Not pictures by themselves.
 AUXILIARY = {"RTX", "RED", "ULPFEC", "FLEXFEC-03"}
-OFFERS_PER_S = 2.0
-OFFERS_BURST = 30
 # A publisher from whom nothing came for so long makes way for another: OBS comes back before its old peer times out.
 SILENT_S = 3.0
 # Viewers stay so long for a publisher that comes back.
@@ -113,7 +108,6 @@ class Whip(Collector):
         self._registry = registry
         self._streams: dict[str, Stream] = {}
         self._matte = MatteProcess()
-        self._offers = TokenBucket(OFFERS_PER_S, OFFERS_BURST)
         # Of the streams that are over.
         self._counted: Counter[str] = Counter()
         context.metrics.registry.register(self)
@@ -132,39 +126,14 @@ class Whip(Collector):
         app.on_shutdown.append(self._close)
         app.on_response_prepare.append(self._add_cors)
 
-    # --- who may ask
-
-    def admits(self, request: web.Request) -> bool:
-        """Whether a page of another origin may ask this."""
-        if not _is_ours(request):
-            return False
-        # A preflight reveals nothing; without the CORS header its page goes no further.
-        return request.method == "OPTIONS" or self._allowed_origin(request) is not None
-
-    def authorize(self, request: web.Request) -> None:
-        """Raises Unauthorized unless the request has the token, if there is one."""
-        token = self._context.settings.whip_token
-        if token is None:
-            return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            raise Unauthorized("send the header Authorization: Bearer <token>; in OBS, fill in Bearer Token")
-        if not hmac.compare_digest(given.strip().encode(), token.get_secret_value().encode()):
-            raise Unauthorized("the bearer token is not the one of this server (setting whip_token)")
-
-    def _allowed_origin(self, request: web.Request) -> str | None:
-        """Value of Access-Control-Allow-Origin; None for a page that may not ask."""
-        origin = request.headers.get("Origin")
-        if origin in self._context.settings.allowed_origins:
-            return origin
-        return "*" if self._context.settings.whip_token is not None else None
+    # --- who may ask, beside server/guard.py
 
     async def _add_cors(self, request: web.Request, response: web.StreamResponse) -> None:
         if not _is_ours(request) or "Origin" not in request.headers:
             return
         response.headers["Vary"] = "Origin"
         response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
-        if (origin := self._allowed_origin(request)) is not None:
+        if (origin := request.headers["Origin"]) in self._context.settings.allowed_origins:
             response.headers["Access-Control-Allow-Origin"] = origin
         if request.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = "OPTIONS, GET, HEAD, POST, PUT, PATCH, DELETE"
@@ -181,7 +150,6 @@ class Whip(Collector):
             case "GET" | "HEAD":
                 return web.Response(status=204)
             case "POST":
-                self.authorize(request)
                 return await self._publish(request)
         raise _not_allowed(request, "OPTIONS, GET, HEAD, POST")
 
@@ -193,7 +161,6 @@ class Whip(Collector):
             case "GET" | "HEAD":
                 return web.Response(content_type=SDP)
             case "POST":
-                self.authorize(request)
                 return await self._view(request)
         raise _not_allowed(request, "OPTIONS, GET, HEAD, POST")
 
@@ -202,7 +169,6 @@ class Whip(Collector):
             return web.Response(headers={"Accept-Patch": FRAGMENT, "Allow": "OPTIONS, GET, HEAD, PATCH, DELETE"})
         if request.method not in ("GET", "HEAD", "PATCH", "DELETE"):
             raise _not_allowed(request, "OPTIONS, GET, HEAD, PATCH, DELETE")
-        self.authorize(request)
         ufrag, viewer = self._find(request)
         session_id = request.match_info["id"]
         if request.method == "DELETE":
@@ -357,8 +323,6 @@ class Whip(Collector):
     async def _read_offer(self, request: web.Request, *, watches: bool) -> str:
         if self._closing:
             raise ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)
-        if not self._offers.take(self._context.clock()):
-            raise TooManyRequests(f"over {OFFERS_PER_S:g} offers a second; wait a moment", retry_after_s=1.0)
         try:
             offer_sdp = (await read_body(request, SDP)).decode()
         except UnicodeDecodeError as error:

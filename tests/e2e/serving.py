@@ -99,9 +99,9 @@ class Server:
         self._process.communicate()
         self._process = None
 
-    def get(self, path: str) -> str:
-        """The body of a GET."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+    def get(self, path: str, url: str = "") -> str:
+        """The body of a GET; of another listener where its `url` is given."""
+        with urllib.request.urlopen((url or self.url) + path, timeout=30) as answer:
             body: bytes = answer.read()
         return body.decode()
 
@@ -120,7 +120,8 @@ class Server:
 
     def ended(self) -> dict[str, int]:
         """Sessions ended so far, by reason."""
-        rows = re.findall(r'livebrush_sessions_ended_total\{reason="(\w+)"\} ([\d.]+)', self.get("/metrics"))
+        admin = re.findall(r"metrics at (http://[\w.]+:\d+)/metrics", self._log.read_text())[-1]
+        rows = re.findall(r'livebrush_sessions_ended_total\{reason="(\w+)"\} ([\d.]+)', self.get("/metrics", admin))
         return {reason: int(float(count)) for reason, count in rows}
 
     def memory_mb(self) -> float:

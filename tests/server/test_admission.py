@@ -13,6 +13,7 @@ import pytest
 from aiortc import RTCConfiguration, RTCPeerConnection
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import ValidationError
 
 from engine.api import Capacity, ChunkCostAt
@@ -24,6 +25,7 @@ from server.ladder import PROMISE_LOAD, Demand, rungs
 from server.settings import MediaSettings, ServerSettings
 
 PATIENCE_S = 30.0
+registries: dict[str, CollectorRegistry] = {}
 OFFER = "/api/v1/webrtc/offer"
 
 
@@ -113,8 +115,10 @@ def test_the_time_to_come_back_is_bounded(past_s: list[float], ages_s: list[floa
 async def served(**settings: Any) -> AsyncIterator[tuple[str, aiohttp.ClientSession]]:
     chosen = ServerSettings(port=0, engine_kind="fake", engine=EngineSettings(width=64, height=64), **settings)
     engine = FakeEngine(64, 64, delay_s=0.01, max_streams=4)
-    async with running_server(chosen, engine) as (_, port), aiohttp.ClientSession() as http:
-        yield f"http://127.0.0.1:{port}", http
+    async with running_server(chosen, engine) as (context, port), aiohttp.ClientSession() as http:
+        base = f"http://127.0.0.1:{port}"
+        registries[base] = context.metrics.registry
+        yield base, http
 
 
 async def offer_sdp() -> str:
@@ -145,9 +149,8 @@ async def capacity(http: aiohttp.ClientSession, base: str) -> dict[str, Any]:
         return found
 
 
-async def metrics(http: aiohttp.ClientSession, base: str) -> str:
-    async with http.get(base + "/metrics") as response:
-        return await response.text()
+def metrics(base: str) -> str:
+    return generate_latest(registries[base]).decode()
 
 
 async def test_offers_that_never_connect_take_no_more_than_the_seats_and_give_all_of_them_back() -> None:
@@ -164,7 +167,7 @@ async def test_offers_that_never_connect_take_no_more_than_the_seats_and_give_al
         async with asyncio.timeout(PATIENCE_S):
             while (await capacity(http, base))["open"]:
                 await asyncio.sleep(0.1)
-        text = await metrics(http, base)
+        text = metrics(base)
         assert 'livebrush_sessions_ended_total{reason="never_connected"} 2.0' in text
         assert f'livebrush_offers_refused_total{{code="full"}} {kinds.count("full")}.0' in text
         status, _, _ = await ask(http, base, sdp)
@@ -207,6 +210,6 @@ async def test_capacity_tells_seats_costs_load_and_the_rung() -> None:
         assert found["open"] == 1 and found["load"] == pytest.approx(24 / 4 * 0.01, rel=0.5)
         assert all(cost["upper_ms"] >= cost["mean_ms"] > 0 for cost in found["costs"])
         async with asyncio.timeout(PATIENCE_S):
-            while "livebrush_engine_load 0.0\n" in (text := await metrics(http, base)):
+            while "livebrush_engine_load 0.0\n" in (text := metrics(base)):
                 await asyncio.sleep(0.05)
         assert "livebrush_seats 2.0" in text and "livebrush_rungs_down 0.0" in text
