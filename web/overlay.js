@@ -1,7 +1,7 @@
 // A published stream as a layer over whatever is behind it: transparent, silent, without controls, and healing itself
 // (docs/obs.md). /overlay?stream=NAME&alpha=1&fit=cover&mirror=1&chroma=00ff00&bg=222222#token=TOKEN
 
-import { WhepPlayer } from "./whep.js";
+import { WhepPlayer, iceServers } from "./whip.js";
 
 const STREAM_NAME = /^[A-Za-z0-9_-]{1,64}$/;
 const COLOUR = /^[0-9a-fA-F]{6}$/;
@@ -151,13 +151,6 @@ class Painter {
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, this.#video);
     gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
   }
-}
-
-/** @param {string} token @returns {Promise<RTCIceServer[]>} none where the server does not say: the offer will tell */
-async function iceServers(token) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const response = await fetch("/api/v1/ice-servers", { headers, signal: AbortSignal.timeout(3_000) });
-  return response.ok ? (await response.json()).iceServers : [];
 }
 
 function main() {

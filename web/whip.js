@@ -1,10 +1,11 @@
-// One published stream, played: an offer, an answer, the watch over what comes, and a new try whenever it is lost.
-// Knows nothing of elements or of where the picture is shown.
+// A stream by WHIP or WHEP: an offer, an answer, the watch over the connection, and a new try whenever it is lost.
+// Knows nothing of elements or of where a picture is shown.
 
 // Asked this long without an answer, the server counts as out of reach.
 const ANSWER_TIMEOUT_MS = 10_000;
 const CONNECT_TIMEOUT_MS = 15_000;
-// While nobody publishes the server still sends a picture a second: silence means that the connection is dead.
+// A viewer gets a picture a second even while nobody publishes, a publisher an answer to its checks: silence means that
+// the connection is dead.
 const SILENCE_MS = 5_000;
 const WATCH_MS = 1_000;
 const FIRST_WAIT_MS = 500;
@@ -24,11 +25,8 @@ export function waitMs(tries, retryAfterS, hopeless, chance) {
   return Math.max((retryAfterS ?? 0) * 1000, wait * (0.75 + 0.5 * chance));
 }
 
-/**
- * Plays until `stop`. Events: "stream" (a MediaStream in detail, null when it is lost), "state" ({ state, detail,
- * status, tries } in detail; states: connecting, playing, waiting).
- */
-export class WhepPlayer extends EventTarget {
+/** Goes on until `stop`. Event "state": { state, detail, status, tries } in detail; states: connecting, playing, waiting. */
+class Session extends EventTarget {
   #url;
   #token;
   #iceServers;
@@ -68,12 +66,7 @@ export class WhepPlayer extends EventTarget {
     this.#timer = 0;
     if (this.#stopped) return;
     const pc = (this.#pc = new RTCPeerConnection({ iceServers, bundlePolicy: "max-bundle" }));
-    const stream = new MediaStream();
-    pc.addTransceiver("video", { direction: "recvonly" });
-    pc.ontrack = ({ track, receiver }) => {
-      if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
-      stream.addTrack(track);
-    };
+    this.prepare(pc);
     this.#say("connecting");
     try {
       await pc.setLocalDescription();
@@ -92,30 +85,30 @@ export class WhepPlayer extends EventTarget {
       if (this.#pc === pc) this.#lose(error);
       return;
     }
-    if (this.#pc === pc) this.#watch(pc, stream);
+    if (this.#pc === pc) this.#watch(pc);
   }
 
-  /** Look every second whether packets come; also seen where the page is hidden and draws nothing. */
-  #watch(pc, stream) {
+  /** Look every second whether anything comes; also seen where the page is hidden and draws nothing. */
+  #watch(pc) {
     const began = performance.now();
-    let packets = 0;
+    let heard = 0;
     let heardAt = 0;
     const look = async () => {
-      const received = await packetsOf(pc);
+      const count = this.heard([...(await pc.getStats()).values()]);
       if (this.#pc !== pc) return;
       const now = performance.now();
-      if (received > packets) {
-        packets = received;
+      if (count > heard) {
+        heard = count;
         if (!heardAt) {
           this.#tries = 0;
-          this.dispatchEvent(new CustomEvent("stream", { detail: stream }));
+          this.came();
           this.#say("playing");
         }
         heardAt = now;
       }
       if (pc.connectionState === "failed" || pc.connectionState === "closed") this.#lose(new Error("the connection broke"));
       else if (heardAt && now - heardAt > SILENCE_MS) this.#lose(new Error("nothing has come for 5 s"));
-      else if (!heardAt && now - began > CONNECT_TIMEOUT_MS) this.#lose(new Error("no picture came within 15 s"));
+      else if (!heardAt && now - began > CONNECT_TIMEOUT_MS) this.#lose(new Error("nothing came within 15 s"));
       else this.#timer = setTimeout(look, heardAt ? WATCH_MS : WATCH_MS / 5);
     };
     look();
@@ -136,7 +129,7 @@ export class WhepPlayer extends EventTarget {
     this.#pc = null;
     if (this.#resource) this.#leave(this.#resource);
     this.#resource = null;
-    this.dispatchEvent(new CustomEvent("stream", { detail: null }));
+    this.went();
   }
 
   #leave(resource) {
@@ -156,14 +149,67 @@ export class WhepPlayer extends EventTarget {
   }
 }
 
-/** @param {RTCPeerConnection} pc @returns {Promise<number>} packets of the picture that have come */
-async function packetsOf(pc) {
-  const reports = await pc.getStats();
-  let packets = 0;
-  for (const report of reports.values()) {
-    if (report.type === "inbound-rtp" && report.kind === "video") packets += report.packetsReceived ?? 0;
+/** @param {string} token @returns {Promise<RTCIceServer[]>} none where the server does not say: the offer will tell */
+export async function iceServers(token) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const response = await fetch("/api/v1/ice-servers", { headers, signal: AbortSignal.timeout(3_000) });
+  return response.ok ? (await response.json()).iceServers : [];
+}
+
+/** Plays a stream. Event "stream": a MediaStream in detail, null when it is lost. */
+export class WhepPlayer extends Session {
+  #stream = null;
+
+  prepare(pc) {
+    const stream = (this.#stream = new MediaStream());
+    pc.addTransceiver("video", { direction: "recvonly" });
+    pc.ontrack = ({ track, receiver }) => {
+      if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
+      stream.addTrack(track);
+    };
   }
-  return packets;
+
+  /** Packets of the picture. */
+  heard(reports) {
+    return sum(reports, (report) => report.type === "inbound-rtp" && report.kind === "video" && report.packetsReceived);
+  }
+
+  came() {
+    this.dispatchEvent(new CustomEvent("stream", { detail: this.#stream }));
+  }
+
+  went() {
+    this.dispatchEvent(new CustomEvent("stream", { detail: null }));
+  }
+}
+
+/** Publishes the tracks of a MediaStream. */
+export class WhipPublisher extends Session {
+  #source;
+
+  /** @param {string} url @param {MediaStream} source @param {object} options as a session's */
+  constructor(url, source, options) {
+    super(url, options);
+    this.#source = source;
+  }
+
+  prepare(pc) {
+    for (const track of this.#source.getTracks()) pc.addTransceiver(track, { direction: "sendonly", streams: [this.#source] });
+  }
+
+  /** Answers to the checks of the connection: they come whatever is sent. */
+  heard(reports) {
+    return sum(reports, (report) => report.type === "candidate-pair" && report.responsesReceived);
+  }
+
+  came() {}
+
+  went() {}
+}
+
+/** @param {object[]} reports @param {(report: object) => number | false | undefined} count */
+function sum(reports, count) {
+  return reports.reduce((total, report) => total + (count(report) || 0), 0);
 }
 
 /** @param {Response} response what was answered in place of 201 */
