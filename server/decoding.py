@@ -15,7 +15,7 @@ from server.reassembly import EncodedFrame
 
 Picture = av.VideoFrame | av.AudioFrame
 
-VIDEO_DECODERS = {"vp8": "libvpx", "h264": "h264"}
+VIDEO_DECODERS = {"vp8": "libvpx", "h264": "h264", "jpeg": "mjpeg"}
 
 
 class PictureTooLargeError(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fractions
 from collections.abc import Iterator
+from typing import Any
 
 import av
 import numpy as np
@@ -102,7 +103,14 @@ class VideoEncoder:
         self._context: VideoCodecContext | None = None
 
     def encode(self, rgb: NDArray[np.uint8], ticks: int, bitrate: int, key_frame: bool) -> list[bytes]:
-        """Encode one [H, W, 3] picture; an odd last row or column is cut off.
+        """Encode one picture into RTP payloads; as `encode_whole`."""
+        payloads: list[bytes] = []
+        for packet in self.encode_whole(rgb, ticks, bitrate, key_frame):
+            payloads += self._packetizer.pack(packet)[0]
+        return payloads
+
+    def encode_whole(self, rgb: NDArray[np.uint8], ticks: int, bitrate: int, key_frame: bool) -> list[av.Packet[Any]]:
+        """Encode one [H, W, 3] picture; an odd last row or column is cut off. Nothing comes of one that is skipped.
 
         Args:
             ticks: presentation time in 90 kHz, rising.
@@ -117,10 +125,7 @@ class VideoEncoder:
         context = self._context
         if context is None or (context.width, context.height, context.bit_rate) != (width, height, bitrate):
             context = self._context = _video_context(self._name, width, height, bitrate)
-        payloads: list[bytes] = []
-        for packet in context.encode(planar):
-            payloads += self._packetizer.pack(packet)[0]
-        return payloads
+        return context.encode(planar)
 
 
 def _video_context(name: str, width: int, height: int, bitrate: int) -> VideoCodecContext:
