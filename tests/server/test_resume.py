@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from engine.api import StreamParams
 from engine.config import EngineSettings
@@ -14,6 +15,7 @@ from engine.fake import FakeEngine
 from server.app import running_server
 from server.control import ParamsChange
 from server.resume import MAX_KEPT, MAX_TOKENS, RESUME_S, Kept, ResumeBook
+from server.session import SessionContext
 from server.settings import MediaSettings, ServerSettings
 from tests.server.test_server import Visitor
 
@@ -69,8 +71,9 @@ def test_what_is_given_changes_what_was_kept() -> None:
 class House:
     """A server with one seat, and the pages that come to it."""
 
-    def __init__(self, base: str, engine: FakeEngine) -> None:
+    def __init__(self, base: str, engine: FakeEngine, context: SessionContext) -> None:
         self.base = base
+        self.context = context
         self.engine = engine
         self.pages: list[Visitor] = []
 
@@ -81,9 +84,8 @@ class House:
         response = await visitor.enter(**extra, **({"resume": resume} if resume else {}))
         return visitor, response.status, await response.json()
 
-    async def figure(self, name: str) -> float:
-        async with self.pages[0].http.get(self.base + "/metrics") as response:
-            lines = (await response.text()).splitlines()
+    def figure(self, name: str) -> float:
+        lines = generate_latest(self.context.metrics.registry).decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
@@ -97,8 +99,8 @@ async def one_seat(**media: float) -> AsyncIterator[House]:
         media=MediaSettings.model_validate(media),
     )
     engine = FakeEngine(64, 64, delay_s=0.02, max_streams=1)
-    async with running_server(settings, engine) as (_, port):
-        house = House(f"http://127.0.0.1:{port}", engine)
+    async with running_server(settings, engine) as (context, port):
+        house = House(f"http://127.0.0.1:{port}", engine, context)
         yield house
         for page in house.pages:
             await page.leave()
@@ -114,6 +116,15 @@ def fall_silent(page: Visitor) -> None:
     """What pulling out the cable does."""
     for protocol in page.connection.getSenders()[0].transport.transport._connection._protocols:
         protocol.transport.sendto = lambda *_: None  # type: ignore[method-assign]
+
+
+async def first_index(page: Visitor) -> int:
+    """Index of the first camera frame that the page was shown."""
+    await page.until(lambda: page.pictures, "a picture")
+    await page.until(lambda: [m for m in page.telegrams if m["type"] == "marks"], "marks")
+    rows = [row for m in page.telegrams if m["type"] == "marks" for row in m["frames"]]
+    index: int = rows[0][1]
+    return index
 
 
 async def test_eight_reloads_keep_session_settings_seat_and_stream(house: House) -> None:
@@ -135,13 +146,10 @@ async def test_eight_reloads_keep_session_settings_seat_and_stream(house: House)
         async with page.http.post(f"{house.base}{answer['url']}/close") as late:
             assert late.status == 404
         answer = fresh
-        await page.until(lambda page=page: page.pictures, "a picture after the reload")
-        await page.until(lambda page=page: [m for m in page.telegrams if m["type"] == "marks"], "marks")
-        rows = [row for m in page.telegrams if m["type"] == "marks" for row in m["frames"]]
-        indices.append(rows[-1][1])
-        assert await house.figure("livebrush_sessions ") == 1
+        indices.append(await first_index(page))
+        assert house.figure("livebrush_sessions ") == 1
     assert list(house.engine.streams) == [stream] and indices == sorted(set(indices))
-    assert await house.figure('livebrush_sessions_resumed_total{found="running"}') == 8
+    assert house.figure('livebrush_sessions_resumed_total{found="running"}') == 8
     assert (await page.ask(type="params", id=1, prompt="ink"))["params"]["prompt"] == "ink"
 
 

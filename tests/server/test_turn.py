@@ -141,3 +141,32 @@ async def test_the_relay_refuses_credentials_of_another_secret(tmp_path: Path) -
         await visitor.connection.setLocalDescription(await visitor.connection.createOffer())
         assert "a=candidate" not in visitor.connection.localDescription.sdp
         await visitor.leave()
+
+
+async def test_used_up_ports_are_told_with_a_time_and_counted_and_the_seat_stays_free() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        settings = ServerSettings(
+            port=0,
+            engine_kind="fake",
+            engine=EngineSettings(width=64, height=64),
+            max_sessions=1,
+            media=MediaSettings(udp_ports=f"{port}-{port}"),
+        )
+        async with running_server(settings, FakeEngine(64, 64)) as (context, http_port):
+            visitor = Visitor(f"http://127.0.0.1:{http_port}")
+            response = await visitor.enter()
+            body = await response.json()
+            assert (response.status, body["code"]) == (503, "udp_ports_exhausted")
+            assert body["retryable"] and "Retry-After" in response.headers
+            assert context.metrics.refused.labels("udp_ports_exhausted")._value.get() == 1
+            async with visitor.http.get(visitor.base + "/api/v1/capacity") as capacity:
+                assert (await capacity.json())["open"] == 0
+            await visitor.leave()
+
+
+@pytest.mark.parametrize("ports", ["40000", "40000-39999", "80-90", "40000-70000", "a-b", "40000-40000"])
+def test_a_range_that_is_none_or_too_small_is_refused(ports: str) -> None:
+    with pytest.raises(ValidationError, match="udp_ports"):
+        ServerSettings(max_sessions=2, media=MediaSettings(udp_ports=ports))
