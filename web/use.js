@@ -1,5 +1,7 @@
 // The panel "Use it": addresses to copy for OBS, players, overlays and calls, with tokens where the server asks for them.
 
+import { token } from "./access.js";
+
 const STREAM_NAME = /^[A-Za-z0-9_-]{1,64}$/;
 // As long as a link can live: an OBS scene is set up once.
 const LINK_HOURS = 720;
@@ -7,16 +9,19 @@ const COPIED_MS = 1_500;
 
 /**
  * The addresses of a stream.
- * @param {{ origin: string, stream: string, prompt: string, cut: boolean, mirror: boolean, viewToken: string }} wanted
+ * @param {{ origin: string, stream: string, prompt: string, cut: boolean, mirror: boolean,
+ *   viewToken: string, publishToken: string }} wanted
  */
-export function addresses({ origin, stream, prompt, cut, mirror, viewToken }) {
+export function addresses({ origin, stream, prompt, cut, mirror, viewToken, publishToken }) {
   const overlay = new URLSearchParams({ stream, ...(cut && { alpha: "1" }), ...(mirror && { mirror: "1" }) });
   const style = prompt ? `?${new URLSearchParams({ prompt })}` : "";
+  const fragment = (token) => token && `#token=${encodeURIComponent(token)}`;
   const words = (text) => (/^[\w./:-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   return {
     whip: `${origin}/whip/${stream}${style}`,
+    page: `${origin}/publish.html?${new URLSearchParams({ stream, ...(prompt && { prompt }) })}${fragment(publishToken)}`,
     whep: `${origin}/whep/${stream}`,
-    overlay: `${origin}/overlay?${overlay}${viewToken && `#token=${encodeURIComponent(viewToken)}`}`,
+    overlay: `${origin}/overlay?${overlay}${fragment(viewToken)}`,
     camera: `${viewToken && `LIVEBRUSH_TOKEN=${viewToken} `}livebrush camera --stream ${stream} --url ${words(origin)}`,
   };
 }
@@ -68,9 +73,12 @@ class Panel {
   #note = element("p", { className: "note", role: "status", id: "use-note" });
   #size = element("span", { textContent: "the model's size" });
   #sizes;
-  #token = new URLSearchParams(location.hash.slice(1)).get("token") ?? "";
   #links = { stream: "", view: { token: "", note: "" }, publish: { token: "", note: "" } };
-  #busy = 0;
+  #turn = 0;
+
+  get #token() {
+    return token();
+  }
 
   /** @param {HTMLElement} body where it goes @param {HTMLInputElement} prompt the page's own words */
   constructor(body, prompt) {
@@ -91,10 +99,13 @@ class Panel {
         ["Settings, Video: Output Resolution near ", this.#size, ", 30 FPS. More is scaled down anyway."],
         "Then Start Streaming. The painting begins within a second or two.",
       ]),
+      this.#section("or from a browser, so that OBS stays free for your broadcast", [["page", "Page to open"]], [
+        "It sends this machine's camera or screen and can stay in the background.",
+      ]),
       this.#section("2. Show the painting in OBS", [["overlay", "URL of a Browser source"]], [
         ["Sources, +, Browser: paste the URL; Width and Height in the shape of ", this.#size.cloneNode(true), ", say twice as large."],
         "Leave Shutdown source when not visible and Refresh browser when scene becomes active off: the picture stays ready. Custom CSS may stay as it is.",
-        "In the OBS that also sends its programme here, show the overlay in a second instance or scene that is not sent: it would paint its own painting.",
+        "In the OBS that also sends its programme here, show the overlay in a second instance or scene that is not sent: it would paint its own painting. Or send from a browser.",
       ]),
       this.#section("3. Elsewhere", [["whep", "Any WHEP player"], ["view", "Its Bearer Token"], ["camera", "As a webcam in calls"]], [
         "The webcam needs livebrush[camera] and a virtual camera device on the machine where it is to appear.",
@@ -136,8 +147,16 @@ class Panel {
     if (size) for (const span of this.#sizes) span.textContent = size;
   }
 
-  /** Show what is chosen now; with `links`, tokens for it. */
-  async refresh({ links = false } = {}) {
+  async #ask(stream) {
+    const turn = (this.#turn += 1);
+    const [view, publish] = await Promise.all(["view", "publish"].map((role) => link(role, stream, this.#token)));
+    if (turn !== this.#turn) return;
+    this.#links = { stream, view, publish };
+    this.refresh();
+  }
+
+  /** Show what is chosen now; with `links`, ask for tokens for it, which are shown when they come. */
+  refresh({ links = false } = {}) {
     const stream = this.#name.value.trim();
     const isName = STREAM_NAME.test(stream);
     this.#name.setCustomValidity(isName ? "" : "1 to 64 letters, digits, - and _");
@@ -145,12 +164,7 @@ class Panel {
       this.#note.textContent = "A stream's name has 1 to 64 letters, digits, - and _.";
       return;
     }
-    if (links && this.#links.stream !== stream) {
-      const turn = (this.#busy += 1);
-      const [view, publish] = await Promise.all(["view", "publish"].map((role) => link(role, stream, this.#token)));
-      if (turn !== this.#busy) return;
-      this.#links = { stream, view, publish };
-    }
+    if (links && this.#links.stream !== stream) this.#ask(stream);
     const isCurrent = this.#links.stream === stream;
     const { view, publish } = isCurrent ? this.#links : { view: { token: "", note: "" }, publish: { token: "", note: "" } };
     const shown = addresses({
@@ -160,6 +174,7 @@ class Panel {
       cut: this.#cut.checked,
       mirror: this.#mirror.checked,
       viewToken: view.token,
+      publishToken: publish.token,
     });
     const fields = { ...shown, publish: publish.token, view: view.token };
     for (const [key, value] of Object.entries(fields)) {
@@ -172,4 +187,7 @@ class Panel {
 }
 
 const details = document.getElementById("use");
-details?.addEventListener("toggle", () => new Panel(document.getElementById("use-body"), document.getElementById("prompt")), { once: true });
+const open = () => new Panel(document.getElementById("use-body"), document.getElementById("prompt"));
+// It may have been opened before this module was here.
+if (details.open) open();
+else details.addEventListener("toggle", open, { once: true });

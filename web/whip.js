@@ -27,7 +27,8 @@ export function waitMs(tries, retryAfterS, hopeless, chance) {
 
 /** Goes on until `stop`. Event "state": { state, detail, status, tries } in detail; states: connecting, playing, waiting. */
 class Session extends EventTarget {
-  #url;
+  /** Where the next try asks. */
+  url;
   #token;
   #iceServers;
   #pc = null;
@@ -43,7 +44,7 @@ class Session extends EventTarget {
    */
   constructor(url, { token = "", iceServers = async () => [] } = {}) {
     super();
-    this.#url = url;
+    this.url = url;
     this.#token = token;
     this.#iceServers = iceServers;
   }
@@ -71,9 +72,9 @@ class Session extends EventTarget {
     try {
       await pc.setLocalDescription();
       // Without waiting for candidates: the server's are all in the answer, and it learns ours from our checks.
-      const response = await this.#http("POST", this.#url, pc.localDescription.sdp, ANSWER_TIMEOUT_MS);
+      const response = await this.#http("POST", this.url, pc.localDescription.sdp, ANSWER_TIMEOUT_MS);
       if (response.status !== 201) throw await problemOf(response);
-      const resource = new URL(response.headers.get("Location"), this.#url).href;
+      const resource = new URL(response.headers.get("Location"), this.url).href;
       const answer = await response.text();
       if (this.#pc !== pc) {
         this.#leave(resource);

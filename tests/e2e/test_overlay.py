@@ -120,6 +120,28 @@ def test_it_comes_before_its_stream_and_outlives_publisher_and_server(
         publisher.close()
 
 
+def test_a_page_publishes_a_camera_and_changes_its_style(
+    windows: Callable[[], BrowserContext], page: Page, tmp_path: Path
+) -> None:
+    with Server(tmp_path / "server.log", engine="fake", patient=True) as server:
+        sender = windows().new_page()
+        sender.set_default_timeout(60_000)
+        sender.goto(f"{server.url}/publish.html?stream=desk&prompt=neon")
+        sender.get_by_role("button", name="Publish camera").click()
+        expect(sender.locator("#state")).to_have_text("Live")
+        sender.locator("#prompt").fill("a calm sea")
+        sender.get_by_role("button", name="Paint").click()
+        wait_until(lambda: '"prompt": "a calm sea"' in server.get("/api/v1/streams"), "the new style")
+        server.kill()
+        expect(sender.locator("#state")).to_have_text("Trying again")
+        server.start()
+        page.goto(f"{server.url}/overlay?stream=desk&fit=cover")
+        wait_for_pictures(page)
+        assert '"prompt": "a calm sea"' in server.get("/api/v1/streams")
+        sender.get_by_role("button", name="Stop").click()
+        wait_until(lambda: '"live": false' in server.get("/api/v1/streams"), "the goodbye")
+
+
 def test_a_green_screen_is_keyed_in_the_page(browser: Browser, page: Page, server: Server) -> None:
     publisher = publish(browser, server, "/whip/green?bypass=true")
     # The wall of the clip is near white and grey; everything grey goes.
