@@ -138,7 +138,8 @@ class Guard(Collector):
     def own(self, session_id: str, grant: Grant) -> None:
         """From now on the session's URL is for the holder of this grant, and the admin."""
         if self._access.required:
-            self._owners[session_id] = grant.owner
+            # Of a page's session, ID.LEG, every leg is its creator's, and so is the plain id that REST takes.
+            self._owners[session_id.partition(".")[0]] = grant.owner
             if len(self._owners) > MAX_OWNED:
                 self._owners.popitem(last=False)
 
@@ -205,7 +206,9 @@ class Guard(Collector):
     def _check_owner(self, request: web.Request, grant: Grant) -> None:
         """Raises NotFound, as for a session that is not there, so that nobody learns which are."""
         session_id = session_of(request.path)
-        if session_id is None or grant.role is Role.ADMIN or self._owners.get(session_id) == grant.owner:
+        if session_id is None or grant.role is Role.ADMIN:
+            return
+        if self._owners.get(session_id.partition(".")[0]) == grant.owner:
             return
         self._count("owner")
         raise NotFound("no such session: it has ended; send a new offer", code="session_gone")

@@ -80,6 +80,7 @@ CALLS = (
         "Open a session: SDP offer in, SDP answer out (docs/protocol.md)",
         ((201, "the answer"), (400, "broken"), (422, "not supported"), (503, "full: see Retry-After")),
     ),
+    Call("get", "/api/v1/socket", "A session over one WebSocket (docs/networks.md)", ((101, "upgraded"),)),
     Call("patch", "/api/v1/webrtc/offer/{id}", "More ICE candidates", ((204, "taken"), (404, "no such session"))),
     Call("delete", "/api/v1/webrtc/offer/{id}", "End a session", ((204, "done"), (404, "no such session"))),
     Call("post", "/api/v1/webrtc/offer/{id}/close", "The same, for sendBeacon", ((204, "done"),)),

@@ -108,12 +108,16 @@ async def until(condition: Callable[[], object], what: str) -> None:
 
 
 @pytest.fixture
-async def house() -> AsyncIterator[House]:
+async def engine() -> FakeEngine:
+    return FakeEngine(64, 64, delay_s=0.02, max_streams=4)
+
+
+@pytest.fixture
+async def house(engine: FakeEngine) -> AsyncIterator[House]:
     port = free_port()
     settings = ServerSettings(
         port=0, osc_port=port, engine_kind="fake", engine=EngineSettings(width=64, height=64), max_fps=12
     )
-    engine = FakeEngine(64, 64, delay_s=0.02, max_streams=4)
     async with running_server(settings, engine) as (context, http_port):
         base = f"http://127.0.0.1:{http_port}"
         async with Api(base) as api:
@@ -166,7 +170,7 @@ async def test_rest_sets_what_the_data_channel_sets_and_the_page_is_told(house: 
         assert shown["bypass"] is True and shown["params"] == change | {"blend": []}
         await until(lambda: notices and notices[-1]["code"] == "params_changed", "the notice")
         assert (notices[-1]["by"], notices[-1]["params"], notices[-1]["bypass"]) == ("rest", shown["params"], True)
-        assert house.prompts == {"neon"}
+        await until(lambda: house.prompts == {"neon"}, "the prompt on the engine")
         mixed = await session.set(blend=[{"text": "ink", "weight": 3}, {"text": "oil"}])
         assert mixed["params"]["blend"] == [{"text": "ink", "weight": 3.0}, {"text": "oil", "weight": 1.0}]
         assert [one["session"] for one in await house.api.sessions()] == [live.answer.session]
@@ -278,6 +282,34 @@ async def test_osc_steers_and_its_mistakes_are_counted_and_logged_seldom(
         assert house.counted("broken") >= 4
         lines = [record for record in caplog.records if "OSC" in record.getMessage() or record.name == "root"]
         assert 1 <= len(lines) < 6
+
+
+async def test_who_opened_a_session_steers_it_and_nobody_else_does(engine: FakeEngine) -> None:
+    tokens = {"publish": "p" * 40, "admin": "a" * 40}
+    settings = ServerSettings.model_validate(
+        {"port": 0, "engine_kind": "fake", "engine": {"width": 64, "height": 64}, "tokens": tokens}
+    )
+    async with running_server(settings, engine) as (_, port):
+        base = f"http://127.0.0.1:{port}"
+        async with (
+            Api(base, token=tokens["publish"]) as publisher,
+            Api(base, token=tokens["admin"]) as admin,
+            Api(base) as stranger,
+            connect(base, Grey(), token=tokens["publish"], timeout_s=PATIENCE_S, prompt="ink") as live,
+        ):
+            session = live.answer.session
+            assert (await publisher.session(session).set(prompt="neon"))["params"]["prompt"] == "neon"
+            assert [one["session"] for one in await admin.sessions()] == [session]
+            assert (await admin.session(session).set(seed=3))["params"]["seed"] == 3
+            for call, status in (
+                (publisher.sessions(), 403),
+                (stranger.sessions(), 401),
+                (stranger.session(session).set(prompt="x"), 401),
+                (publisher.session("another").get(), 404),
+            ):
+                with pytest.raises(Refused) as refused:
+                    await call
+                assert refused.value.status == status
 
 
 async def test_a_published_stream_is_steered_by_its_name(house: House) -> None:
