@@ -8,6 +8,7 @@ the session that its URL names. A route that nobody listed here needs the publis
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import random
 import time
@@ -26,6 +27,9 @@ from server.settings import ServerSettings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# The subprotocol of this server's WebSocket. A browser's takes no headers, so its token is the second one that it
+# offers: bearer.TOKEN, in base64url.
+SUBPROTOCOL = "livebrush"
 GRANT = web.RequestKey("grant", Grant)
 # What a viewer's page asks before it plays.
 FOR_VIEWERS = ("version", "models", "capacity", "ice-servers", "openapi.json", "streams")
@@ -37,6 +41,7 @@ BAD_STATUSES = (400, 401, 403, 413, 415, 422)
 WRONG_TOKEN_PAUSE_S = (0.1, 0.5)
 MAX_OWNED = 4096
 SESSIONS = ("whip", "whep")
+SOCKET = "/api/v1/socket"
 
 
 def needed_role(method: str, path: str) -> Role | None:
@@ -68,6 +73,8 @@ def session_of(path: str) -> str | None:
 
 def is_offer(method: str, path: str) -> bool:
     """Whether a request opens a session."""
+    if path == SOCKET:
+        return True
     return method == hdrs.METH_POST and session_of(path) is None and ("webrtc" in path or _names_stream(path))
 
 
@@ -126,16 +133,17 @@ class Guard(Collector):
             self._check_content_type(request)
             self._check_owner(request, grant)
             request[GRANT] = grant
+            request[GUARD] = self
             response = await handler(request)
         except (ServerError, web.HTTPException) as error:
             if error.status in BAD_STATUSES:
                 self._limits.refused(key, self._clock())
             raise
         if response.status == 201 and (location := response.headers.get(hdrs.LOCATION)):
-            self.own(location.rstrip("/").rpartition("/")[2], grant)
+            self.own(grant, location.rstrip("/").rpartition("/")[2])
         return response
 
-    def own(self, session_id: str, grant: Grant) -> None:
+    def own(self, grant: Grant, session_id: str) -> None:
         """From now on the session's URL is for the holder of this grant, and the admin."""
         if self._access.required:
             # Of a page's session, ID.LEG, every leg is its creator's, and so is the plain id that REST takes.
@@ -179,7 +187,7 @@ class Guard(Collector):
         """Raises Unauthorized without a token, or after a pause with a wrong one."""
         if not self._access.required:
             return EVERYTHING
-        scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        scheme, _, token = (_from_subprotocol(request) or request.headers.get(hdrs.AUTHORIZATION, "")).partition(" ")
         try:
             if scheme.lower() != "bearer":
                 raise Unauthorized("send the header Authorization: Bearer <token>; in OBS, fill in Bearer Token")
@@ -245,6 +253,26 @@ class Guard(Collector):
         yield refused
         yield GaugeMetricFamily("livebrush_http_connections", "Open connections", value=len(self.connections))
         yield GaugeMetricFamily("livebrush_limited_clients", "Clients whose rate is known", value=len(self._limits))
+
+
+GUARD = web.RequestKey("guard", Guard)
+
+
+def claim(request: web.Request, session_id: str) -> None:
+    """Bind a session's URL to who asked; an answer of 201 with a Location does so by itself."""
+    request[GUARD].own(request[GRANT], session_id)
+
+
+def _from_subprotocol(request: web.Request) -> str:
+    """What would stand in the Authorization header; "" without a token there, or with one that is no base64url."""
+    if request.path != SOCKET:
+        return ""
+    offered = [one.strip() for one in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(",")]
+    coded = next((one.removeprefix("bearer.") for one in offered if one.startswith("bearer.")), "")
+    try:
+        return f"Bearer {base64.urlsafe_b64decode(coded + '=' * (-len(coded) % 4)).decode()}" if coded else ""
+    except ValueError:
+        return ""
 
 
 def _is_address(text: str) -> bool:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from server.control import encode
 from server.errors import BadRequest, ServerError, problem
+from server.guard import SUBPROTOCOL, claim
 from server.registry import SessionRegistry
 from server.session import SessionContext
 from server.socket_media import HELLO_TIMEOUT_S, MAX_PICTURE_BYTES, Hello, SocketPeer, open_socket, read_hello
@@ -23,7 +24,9 @@ def socket_route(context: SessionContext, registry: SessionRegistry) -> web.Rout
     """The route, over one registry."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        socket = web.WebSocketResponse(max_msg_size=MAX_PICTURE_BYTES, compress=False, autoping=True)
+        socket = web.WebSocketResponse(
+            max_msg_size=MAX_PICTURE_BYTES, compress=False, autoping=True, protocols=(SUBPROTOCOL,)
+        )
         await socket.prepare(request)
         try:
             hello = await _hello(socket)
@@ -37,6 +40,7 @@ def socket_route(context: SessionContext, registry: SessionRegistry) -> web.Rout
             await socket.close(code=code, message=error.code.encode())
             return socket
         peer = made.result()
+        claim(request, entry.name)
         log.info("session %s: over a WebSocket (%s)", entry.session.id, hello.told or "asked for")
         url = f"/api/v1/webrtc/offer/{entry.name}"
         peer.welcome(encode("welcome", url=url, **entry.as_json(context.engine.frame_size)))

@@ -1,5 +1,6 @@
 // The page's entry: builds the session and what binds it to elements, keys and MIDI; window.livebrush is for scripts.
 
+import { authorizedFetch } from "./access.js";
 import { bindKeys } from "./keys.js";
 import { Livebrush } from "./livebrush.js";
 import { MidiPanel } from "./midi.js";
@@ -11,7 +12,7 @@ const FIRST_STYLE = "watercolor";
 const STRENGTH_STEP = 0.1;
 
 async function getJson(url) {
-  const response = await fetch(url);
+  const response = await authorizedFetch(url);
   if (!response.ok) throw new Error(`${url}: ${response.status}`);
   return response.json();
 }
@@ -25,7 +26,8 @@ function wishes() {
     const value = Number(query.get(name));
     if (query.has(name) && Number.isFinite(value)) settings[name] = value;
   }
-  return { settings, autostart: query.get("autostart") === "1", source: query.get("source") ?? "camera" };
+  const overSocket = query.get("transport") === "socket";
+  return { settings, overSocket, autostart: query.get("autostart") === "1", source: query.get("source") ?? "camera" };
 }
 
 /** Keys and MIDI, over what the page and the scene list can do. */
@@ -55,7 +57,8 @@ async function main() {
   const live = new Livebrush();
   const { session } = live;
   const ui = new Ui(session);
-  const { settings, autostart, source } = wishes();
+  const { settings, overSocket, autostart, source } = wishes();
+  session.overSocket = overSocket;
   window.livebrush = live;
   steerByHand(ui, new ScenePanel(document.getElementById("scenes"), live));
   // Back from the browser's cache the page begins anew: its connection did not survive.

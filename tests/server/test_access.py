@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -328,6 +329,19 @@ async def test_a_link_by_rest_is_for_its_stream_alone_and_makes_no_further_links
         assert await here.status("POST", "/api/v1/links", PUBLISH, json={"role": "view", "hours": 1000}) == 400
     async with house() as here:
         assert (await here.ask("POST", "/api/v1/links", json={"role": "view"}))[1]["code"] == "no_tokens"
+
+
+async def test_a_websocket_shows_its_token_as_a_subprotocol() -> None:
+    async with house(tokens=TokenSettings(view=VIEW, publish=PUBLISH)) as here:
+        url = here.base + "/api/v1/socket"
+        for token, status in (("", 401), (VIEW, 403), ("wrong" * 4, 401), ("\xff" * 16, 401)):
+            coded = base64.urlsafe_b64encode(token.encode("latin-1")).decode().rstrip("=")
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await here.http.ws_connect(url, protocols=["livebrush", f"bearer.{coded}"] if token else ["livebrush"])
+            assert refused.value.status == status
+        coded = base64.urlsafe_b64encode(PUBLISH.encode()).decode().rstrip("=")
+        async with here.http.ws_connect(url, protocols=["livebrush", f"bearer.{coded}"]) as socket:
+            assert socket.protocol == "livebrush"
 
 
 # --- other pages

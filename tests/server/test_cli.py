@@ -174,7 +174,7 @@ def test_serve_says_where_it_is_and_stops_when_told() -> None:
         (["--port", "99999"], {}, "port: 99999 is refused: input should be less than or equal to 65535 (from --port)"),
         ([], {"LIVEBRUSH_PORT": "web"}, "(from LIVEBRUSH_PORT)"),
         (["--size", "250x256"], {}, "width 250 is not a multiple of 16; use 256"),
-        (["--host", "0.0.0.0"], {}, "not a loopback address"),
+        ([], {"LIVEBRUSH_TOKENS__PUBLISH": "short"}, "tokens: publish must have at least 16 characters"),
         (["--fps", "2"], {}, "min_fps 8.0 must not be above max_fps 2.0"),
         (["--model", "nope"], {}, "no model 'nope'"),
         ([], {"LIVEBRUSH_PROT": "1"}, "prot: there is no such setting (from LIVEBRUSH_PROT)"),
