@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.control import SceneGo, SceneList, SessionChange
+from server.guard import needed_role
 from server.links import LinkWish
 
 JSON = "application/json"
@@ -103,7 +104,6 @@ def document() -> dict[str, Any]:
             "description": "Restyles live video. What data channels carry stands in docs/protocol.md, WHIP and WHEP"
             " in docs/whip.md, examples in docs/steering.md.",
         },
-        "security": [{}, {"token": []}],
         "paths": paths,
         "components": {
             "schemas": {"Problem": PROBLEM, **schemas["$defs"]},
@@ -119,6 +119,9 @@ def _operation(call: Call) -> dict[str, Any]:
         "content": {"application/problem+json": {"schema": {"$ref": SCHEMAS + "Problem"}}},
     }
     operation: dict[str, Any] = {"summary": call.summary, "responses": answers}
+    role = needed_role(call.method.upper(), call.path)
+    # A server without tokens asks nobody.
+    operation["security"] = [] if role is None else [{}, {"token": [str(role)]}]
     names = [part[1:-1] for part in call.path.split("/") if part.startswith("{")]
     if names:
         operation["parameters"] = [
@@ -134,6 +137,7 @@ def page() -> str:
     """The table as an HTML page; nothing in it comes from elsewhere."""
     rows = "".join(
         f"<tr><td><code>{call.method.upper()}</code><td><code>{escape(call.path)}</code><td>{escape(call.summary)}"
+        f"<td>{needed_role(call.method.upper(), call.path) or ''}"
         f"<td>{escape(call.body.__name__ if call.body else '')}"
         f"<td>{escape(', '.join(str(status) for status, _ in call.answers))}"
         for call in CALLS
@@ -147,7 +151,7 @@ def page() -> str:
         '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/api.css">'
         '<h1>Livebrush: HTTP interface</h1><p>For programs: <a href="/api/v1/openapi.json">OpenAPI document</a>.'
         " Every refusal is a Problem. A server with tokens asks for <code>Authorization: Bearer</code>.</p>"
-        f"<table><tr><th>Method<th>Path<th>What<th>Body<th>Answers{rows}</table>{schemas}</html>"
+        f"<table><tr><th>Method<th>Path<th>What<th>Role<th>Body<th>Answers{rows}</table>{schemas}</html>"
     )
 
 

@@ -358,6 +358,7 @@ async def test_the_openapi_document_and_its_page_and_the_models_schema(house: Ho
     assert schema["additionalProperties"] is False
     for path in described["paths"]:
         assert f"<code>{path}</code>" in page
+    assert described["paths"]["/api/v1/sessions"]["get"]["security"] == [{}, {"token": ["admin"]}]
     text = json.dumps(described)
     names = described["components"]["schemas"]
     assert all(name in names for name in ("SessionChange", "SceneList", "Scene", "WeightedPrompt", "Problem"))
