@@ -58,7 +58,7 @@ async function main() {
   const { session } = live;
   const ui = new Ui(session);
   const { settings, overSocket, autostart, source } = wishes();
-  session.overSocket = overSocket;
+  session.overSocket ||= overSocket;
   window.livebrush = live;
   steerByHand(ui, new ScenePanel(document.getElementById("scenes"), live));
   // Back from the browser's cache the page begins anew: its connection did not survive.

@@ -1,6 +1,8 @@
 // A person's session: one source, one set of settings, and as many connections after each other as it takes.
 
-import { Connection, ConnectionLost, IceServers } from "./connection.js";
+import { Connection, IceServers } from "./connection.js";
+import { ConnectionLost } from "./line.js";
+import { SocketConnection } from "./socket.js";
 import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sources.js";
 import { Ticket } from "./ticket.js";
 
@@ -52,12 +54,22 @@ export class LiveSession extends EventTarget {
   #ticket = new Ticket();
   /** Whether the settings were chosen here, and do not give way to those of a session that is resumed. */
   #own = false;
+  #told = "";
   /** Counts starts and stops: what was awaited in an older one is thrown away. */
   #epoch = 0;
 
   constructor() {
     super();
     this.#ice.get(); // now, so that the first click need not wait for it
+  }
+
+  /** Whether media goes over a WebSocket, because nothing else gets through. */
+  get overSocket() {
+    return this.#ticket.overSocket;
+  }
+
+  set overSocket(is) {
+    this.#ticket.overSocket = is;
   }
 
   /** Whether a session is under way, in whatever state of health. */
@@ -237,7 +249,7 @@ export class LiveSession extends EventTarget {
   async #connect(epoch) {
     const ice = await this.#ice.get();
     if (epoch !== this.#epoch || this.connection) return;
-    const connection = new Connection(ice);
+    const connection = this.overSocket ? new SocketConnection(this.#told) : new Connection(ice);
     this.connection = connection;
     this.server = null;
     this.#set("connecting");
@@ -317,7 +329,17 @@ export class LiveSession extends EventTarget {
   /** @param {ConnectionLost} lost */
   #onLost(lost) {
     const epoch = this.#epoch;
+    const wasOpen = this.connection?.agreedFps != null;
     this.#disconnect();
+    if (lost.code === "no_media_path") {
+      this.overSocket = true;
+      this.#told = lost.message;
+      this.#emit("notice", { type: "notice", code: "over_socket", message: "This network lets no video call through: going on over the web connection, without sound." });
+      this.#connect(epoch);
+      return;
+    }
+    // Where a socket cannot even be opened, the other way is tried again.
+    if (lost.code === "server_gone" && !wasOpen) this.overSocket = false;
     if (!lost.retryable) {
       this.#dropSource();
       this.problem = { code: lost.code, title: "The server refused", message: lost.message };

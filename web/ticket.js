@@ -1,29 +1,44 @@
-// The resume token of this tab's session: with it a reloaded or cut off page finds its session again for half a minute.
+// What this tab knows of its session over a reload: the resume token, with which it finds the session again for half a
+// minute, and whether only the WebSocket got through here.
 
-const KEY = "livebrush.resume";
+const TOKEN = "livebrush.resume";
+const OVER_SOCKET = "livebrush.over-socket";
 
-/** Where the tab has no storage (a sandboxed frame), the token lives as long as the page. */
+/** Where the tab has no storage (a sandboxed frame), all this lives as long as the page. */
 export class Ticket {
-  #token = null;
+  #values = new Map();
 
   constructor() {
     try {
-      this.#token = sessionStorage.getItem(KEY);
+      for (const key of [TOKEN, OVER_SOCKET]) this.#values.set(key, sessionStorage.getItem(key));
     } catch {
       // No storage: nothing to come back to.
     }
   }
 
+  /** @returns {string | null} */
   get token() {
-    return this.#token;
+    return this.#values.get(TOKEN) ?? null;
   }
 
   /** @param {string | null} token null forgets it */
   set token(token) {
-    this.#token = token;
+    this.#keep(TOKEN, token);
+  }
+
+  get overSocket() {
+    return Boolean(this.#values.get(OVER_SOCKET));
+  }
+
+  set overSocket(is) {
+    this.#keep(OVER_SOCKET, is ? "yes" : null);
+  }
+
+  #keep(key, value) {
+    this.#values.set(key, value);
     try {
-      if (token) sessionStorage.setItem(KEY, token);
-      else sessionStorage.removeItem(KEY);
+      if (value) sessionStorage.setItem(key, value);
+      else sessionStorage.removeItem(key);
     } catch {
       // Kept in the page alone.
     }

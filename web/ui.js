@@ -14,7 +14,7 @@ const NOTICE_MS = 8_000;
 // Below this score a style is only the nearest there is.
 const WEAK_MATCH = 0.5;
 // What a person is told in passing; the rest of the server's notices show in the state and over the picture.
-const NOTICES = ["rate_changed", "rung_changed", "engine_back", "model_fault"];
+const NOTICES = ["rate_changed", "rung_changed", "engine_back", "model_fault", "over_socket"];
 const PHONE = "(max-width: 760px)";
 
 const STATES = {
