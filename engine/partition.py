@@ -269,7 +269,7 @@ class Balancer:
         stages = stage_times(times, self.bounds)
         now_s = max(stages)
         gain = 1 - best.slowest_s / now_s if now_s > 0 else 0.0
-        error = self._error(stages.index(now_s))
+        error = self._error(stages.index(now_s), times)
         cost_s = sum(self._move_s[unit] for unit in Split(self.bounds, now_s).moved(best))
         config = self._config
         pays = gain > max(config.gain, config.sigmas * error) and gain * config.horizon_s > cost_s
@@ -279,9 +279,15 @@ class Balancer:
         self._agreeing, self.bounds, self.epoch = 0, best.bounds, self.epoch + 1
         return best
 
-    def _error(self, rank: int) -> float:
-        held = {self._kinds[unit] for unit in range(self.bounds[rank], self.bounds[rank + 1])}
-        return max((self._measured[rank][kind].error for kind in held), default=0.0)
+    def _error(self, rank: int, times: Sequence[Sequence[float]]) -> float:
+        """The standard error of what a rank takes, as a share: of a part that takes little, noise matters little."""
+        spent: dict[str, float] = {}
+        for unit in range(self.bounds[rank], self.bounds[rank + 1]):
+            kind = self._kinds[unit]
+            spent[kind] = spent.get(kind, 0.0) + times[rank][unit]
+        whole = sum(spent.values())
+        errors = (self._measured[rank][kind].error * time_s for kind, time_s in spent.items())
+        return math.hypot(*errors) / whole if whole > 0 else 0.0
 
     def _row(self, rank: int) -> list[float]:
         expected, measured = self._expected[rank], self._measured[rank]

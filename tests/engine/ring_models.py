@@ -1,12 +1,19 @@
 """Models for the tests of rings, which every rank's process makes for itself."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from time import sleep
+
+from torch import Tensor
 
 from engine.config import DEFAULT_MODEL, MODELS_DIR, CacheConfig
+from engine.kv_cache import CacheView
+from engine.wan.transformer import PromptContext
 from engine.wan.weights import Model, load_model
 from tests.engine.streams import FLOW, RESIDUAL, pooled_model
 
+PACED_LAYERS, BLOCK_S = 8, 0.015
 DEEP_FLOW = FLOW.model_copy(update={"layers": 5})
 DEEP_RESIDUAL = RESIDUAL.model_copy(update={"layers": 5})
 
@@ -23,6 +30,26 @@ def averaged(rank: int) -> Model:
 def renewed(rank: int) -> Model:
     """The embedded model's habits, and sinks that give way to what is unlike them."""
     return _with_cache(pooled_model(DEEP_RESIDUAL), CacheConfig(sink_refresh=0.9))
+
+
+@dataclass(frozen=True)
+class Paced:
+    """Loads a deep model whose blocks take `BLOCK_S` a rank, and on rank 1 twice that while `slow` exists: slept,
+    so that what the machine is busy with matters little."""
+
+    slow: Path
+
+    def __call__(self, rank: int) -> Model:
+        model = pooled_model(FLOW.model_copy(update={"layers": PACED_LAYERS}))
+        through = model.transformer.through
+
+        def paced(x: Tensor, time: Tensor, prompt: PromptContext, cache: CacheView, layers: range) -> Tensor:
+            sleep(len(layers) * BLOCK_S * (2 if rank == 1 and self.slow.exists() else 1))
+            return through(x, time, prompt, cache, layers)
+
+        # On the instance alone, which nobody else has.
+        object.__setattr__(model.transformer, "through", paced)
+        return model
 
 
 def _with_cache(model: Model, cache: CacheConfig) -> Model:

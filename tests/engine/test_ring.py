@@ -4,18 +4,19 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.api import EngineError, RankLost, StreamParams
-from engine.partition import even_split
+from engine.partition import even_split, partition, stage_times
 from engine.pipeline import Mode, Pipeline
 from engine.ring import Change, Kind, Layout, Order, RingHead
 from engine.ring_group import RingGroup, RingResult, RingSpec
 from engine.wan.weights import Model
-from tests.engine.ring_models import averaged, embedded, flow, renewed
+from tests.engine.ring_models import BLOCK_S, PACED_LAYERS, Paced, averaged, embedded, flow, renewed
 from tests.engine.streams import camera
 
 WIDTH, HEIGHT = 32, 48
@@ -40,6 +41,10 @@ def params(prompt: str = "neon", **values: object) -> StreamParams:
 
 def chunk(step: Step, width: int, height: int) -> Tensor:
     return torch.from_numpy(camera(5 if step.first else 4, step.chunk, width=width, height=height))
+
+
+def camera_tensor(index: int) -> Tensor:
+    return torch.from_numpy(camera(5 if index == 0 else 4, index, width=WIDTH, height=HEIGHT))
 
 
 def feed(stream: str, chunks: range, *, fresh: bool = False) -> list[Step]:
@@ -212,6 +217,41 @@ def test_the_embedded_model_over_two_ranks_is_itself() -> None:
         results = play(group, steps, 64, 64)
         assert group.stats().bounds == (0, 3, 4)
     assert_same(results, Alone(embedded(0), "batch", 64, 64).play(steps))
+
+
+def test_blocks_leave_a_slow_rank_and_come_back(tmp_path: Path) -> None:
+    """At least 95 % of the best split's throughput, by what the slowest rank has to do in a pass."""
+    slow = tmp_path / "slow"
+    spec = RingSpec(2, WIDTH, HEIGHT, balance=True, waiting=4)
+    steps = iter(range(10**6))
+
+    def settle(group: RingGroup, factor: int) -> float:
+        """Chunks until the blocks stay where they are; returns the share of the best split's throughput."""
+        epoch, calm = -1, 0
+        for _ in range(40):
+            for _ in range(10):
+                group.submit("a", camera_tensor(next(steps)))
+            group.finish()
+            stats = group.stats()
+            calm = calm + 1 if stats.epoch == epoch else 0
+            epoch = stats.epoch
+            times = [[BLOCK_S] * PACED_LAYERS, [factor * BLOCK_S] * PACED_LAYERS]
+            share = partition(times).slowest_s / max(stage_times(times, stats.bounds))
+            if share >= 0.95 and calm >= 3:
+                break
+        return share
+
+    with RingGroup(Paced(slow), spec) as group:
+        group.open("a", params())
+        assert settle(group, 1) >= 0.95
+        slow.touch()
+        before = group.stats()
+        assert settle(group, 2) >= 0.95
+        there = group.stats()
+        assert there.epoch > before.epoch and there.bounds[1] > before.bounds[1]
+        slow.unlink()
+        assert settle(group, 1) >= 0.95
+        assert group.stats().bounds[1] < there.bounds[1]
 
 
 def test_what_cannot_be_done_is_refused_and_the_rest_goes_on(ring: RingGroup) -> None:

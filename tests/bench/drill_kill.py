@@ -1,0 +1,167 @@
+"""Kills ranks of a running engine, one after another, and tells how long its streams were without: a drill.
+
+    python tests/bench/drill_kill.py --ranks 2 --replicas 2 --kills 20
+
+One stream a group is fed in real time. Each kill is a SIGKILL of one rank, the ranks in turns. Told for every kill and
+over all: `seen`, from the kill until the stream is told, which is when a session shows its camera; and `restyled`,
+until the first restyled chunk of the stream opened anew. Groups that were not hit must not lose a stream. Ends with
+status 1 when they do, when a kill is seen later than `SEEN_LIMIT_S`, or when a process is left behind.
+
+An engine whose ranks die four times in a minute is given up by design, hence the pause after each kill.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import psutil
+
+from engine.api import Engine, EngineError, EngineStream, FrameChunk, RankLost, StreamParams
+from engine.client import BREAKER_DEATHS, BREAKER_WINDOW_S, LocalEngine
+from engine.cluster import Cluster, arrange
+from engine.config import DEFAULT_MODEL, EngineSettings
+
+SEEN_LIMIT_S = 1.0
+RETRY_S = 0.1
+LEFT_TIMEOUT_S = 15.0
+
+
+@dataclass
+class Feed:
+    """A stream that is opened again whenever it is lost. lost_at, restyled_at: instants of its last loss and of the
+    first chunk after that. losses: so far."""
+
+    engine: Engine
+    name: str
+    fps: float
+    lost_at: float = 0.0
+    restyled_at: float = 0.0
+    losses: int = 0
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                async with self.engine.open_stream(self.name, StreamParams(prompt="watercolor")) as stream:
+                    feeding = asyncio.create_task(self._submit(stream))
+                    try:
+                        async for _ in stream:
+                            if not self.opened.is_set():
+                                self.restyled_at = time.monotonic()
+                                self.opened.set()
+                    finally:
+                        feeding.cancel()
+            except RankLost:
+                self.lost_at = time.monotonic()
+                self.losses += 1
+                self.opened.clear()
+            except EngineError:
+                await asyncio.sleep(RETRY_S)
+
+    async def _submit(self, stream: EngineStream) -> None:
+        width, height = self.engine.frame_size
+        capacity = self.engine.capacity
+        random = np.random.default_rng(0)
+        for index in count():
+            frames = capacity.chunk_frames if index else capacity.first_chunk_frames
+            pixels = random.integers(0, 256, (frames, height, width, 3), np.uint8)
+            now = time.monotonic()
+            stream.submit(FrameChunk(index, pixels, tuple(range(frames)), (now,) * frames, now + 1.0))
+            await asyncio.sleep(frames / self.fps)
+
+
+def ranks_of(group: LocalEngine) -> list[psutil.Process]:
+    """Rank 0 of a group and the others."""
+    first = psutil.Process(group.pid)
+    others = (child for child in first.children() if "spawn_main" in " ".join(child.cmdline()))
+    return [first, *sorted(others, key=lambda process: process.pid)]
+
+
+async def drill(options: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    settings = EngineSettings(
+        model=options.model,
+        width=options.size,
+        height=options.size,
+        device=options.device,
+        ranks=options.ranks,
+        replicas=options.replicas,
+        max_streams=2,
+    )
+    each, reason = arrange(settings)
+    print(reason, flush=True)
+    groups = [LocalEngine(group) for group in each]
+    engine = Cluster(groups)
+    await engine.start()
+    for group in groups:
+        await group.wait_ready()
+    feeds = [Feed(engine, f"stream {number}", options.fps) for number in range(len(groups))]
+    tasks = [asyncio.create_task(feed.run()) for feed in feeds]
+    for feed in feeds:
+        await feed.opened.wait()
+    seen_s, restyled_s, faults, killed = [], [], 0, []
+    for number in range(options.kills):
+        group = groups[number % len(groups)]
+        ranks = ranks_of(group)
+        killed += ranks
+        hit = group.capacity.open_streams
+        before = [feed.losses for feed in feeds]
+        rank = number // len(groups) % len(ranks)
+        at = time.monotonic()
+        os.kill(ranks[rank].pid, signal.SIGKILL)
+        async with asyncio.timeout(options.timeout):
+            while sum(feed.losses for feed in feeds) - sum(before) < hit:
+                await asyncio.sleep(0.005)
+            lost = [feed for feed, losses in zip(feeds, before, strict=True) if feed.losses > losses]
+            for feed in lost:
+                await feed.opened.wait()
+            await group.wait_ready()
+        seen = [feed.lost_at - at for feed in lost]
+        again = [feed.restyled_at - at for feed in lost]
+        wrong = len(lost) != hit or any(each > SEEN_LIMIT_S for each in seen)
+        faults += wrong
+        seen_s += seen
+        restyled_s += again
+        text = ", ".join(f"seen {s * 1e3:.0f} ms, restyled {r:.2f} s" for s, r in zip(seen, again, strict=True))
+        whole = time.monotonic() - at
+        print(f"kill {number + 1}: group {number % len(groups)} rank {rank}: {text or 'no stream'}; "
+              f"group back {whole:.1f} s{' WRONG' if wrong else ''}", flush=True)  # fmt: skip
+        pause_s = BREAKER_WINDOW_S / (BREAKER_DEATHS - 1) / len(groups) + 1.0
+        await asyncio.sleep(max(0.0, pause_s - whole))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    killed += [process for group in groups for process in ranks_of(group)]
+    await engine.close()
+    _, left = await asyncio.to_thread(psutil.wait_procs, killed, LEFT_TIMEOUT_S)
+    for name, values in (("seen", seen_s), ("restyled", restyled_s)):
+        if values:
+            print(f"{name}: median {statistics.median(values):.3f} s, longest {max(values):.3f} s, of {len(values)}")
+    print(f"wrong: {faults}; processes left behind: {len(left)}")
+    return 1 if faults or left else 0
+
+
+def main() -> int:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side (default: 64)")
+    parser.add_argument("--fps", type=float, default=12.0)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a group to come back")
+    return asyncio.run(drill(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
