@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,9 +29,23 @@ MAX_CONNECTIONS = 256
 MAX_CONNECTIONS_OF_ADDRESS = 32
 HEADER_DEADLINE_S = 15.0
 CLIENT_KEY = tuple[str, str]
+# A refused connection is told why once it has asked something, and is gone after so long in any case.
+REFUSAL_S = 1.0
+MAX_REFUSING = 64
+BUSY_BODY = json.dumps(
+    {
+        "title": "Too Many Requests",
+        "status": 429,
+        "detail": "too many connections are open; use fewer, and keep them alive",
+        "code": TooManyRequests.code,
+        "message": "too many connections are open; use fewer, and keep them alive",
+        "retryable": True,
+        "retry_after_s": 5.0,
+    }
+).encode()
 BUSY = (
     b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 5\r\nConnection: close\r\n"
-    b"Content-Type: text/plain\r\nContent-Length: 34\r\n\r\ntoo many connections; close others"
+    b"Content-Type: application/problem+json\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY_BODY), BUSY_BODY)
 )
 
 
@@ -125,6 +140,7 @@ class Connections:
         self._header_deadline_s = header_deadline_s
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
         self._addresses: Counter[str] = Counter()
+        self._refusing = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -175,6 +191,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._address = ""
         self._in_hand = False
+        self._is_refused = False
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -183,8 +200,12 @@ class _Connection(asyncio.Protocol):
             self._address = self._connections._admit(self, self._transport)
         except TooManyRequests as error:
             self._connections._refused(error.code)
-            self._transport.write(BUSY)
-            self._transport.close()
+            if self._connections._refusing >= MAX_REFUSING:
+                self._transport.abort()
+                return
+            self._connections._refusing += 1
+            self._is_refused = True
+            self._deadline = asyncio.get_running_loop().call_later(REFUSAL_S, self._transport.abort)
             return
         self._inner = self._make()
         self._inner.connection_made(transport)
@@ -197,6 +218,9 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._inner is None:
+            if self._is_refused and self._transport is not None:
+                self._transport.write(BUSY)
+                self._transport.close()
             return
         if not self._in_hand and self._deadline is None:
             self._arm()
@@ -215,6 +239,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._disarm()
+        if self._is_refused:
+            self._connections._refusing -= 1
         if self._inner is not None and self._transport is not None:
             self._connections._release(self._transport, self._address)
             self._inner.connection_lost(error)

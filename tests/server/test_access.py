@@ -484,12 +484,14 @@ async def test_connections_are_counted_by_address_and_in_all() -> None:
     connections = Connections(refused.append, of_address=3, in_all=4)
     async with listener(connections) as port:
         streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        assert (await reader.read()).startswith(b"HTTP/1.1 429 ") and refused == ["connections_of_address"]
-        writer.close()
+        assert await get(port) == b"HTTP/1.1 429 Too Many Requests" and refused == ["connections_of_address"]
         streams.append(await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0)))
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.3", 0))
-        assert (await reader.read()).startswith(b"HTTP/1.1 429 ") and refused[1:] == ["connections"]
+        assert await get(port, source="127.0.0.3") == b"HTTP/1.1 429 Too Many Requests"
+        assert refused[1:] == ["connections"]
+        # One that never asks is closed all the same.
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(PATIENCE_S):
+            await reader.read()
         writer.close()
         for _, one in streams:
             one.close()
@@ -538,8 +540,8 @@ async def listener(connections: Connections) -> AsyncIterator[int]:
         await runner.cleanup()
 
 
-async def get(port: int, path: str = "/") -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def get(port: int, path: str = "/", source: str = "127.0.0.1") -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     async with asyncio.timeout(PATIENCE_S):
         line = await reader.readline()
