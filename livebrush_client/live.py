@@ -23,6 +23,8 @@ CONNECT_TIMEOUT_S = 20.0
 ACK_TIMEOUT_S = 70.0
 CLOSE_TIMEOUT_S = 3.0
 PROTOCOL_VERSION = 1
+# A message of the data channel ends at 8 KiB.
+MAX_LIST_BYTES = 8_000
 
 Message = dict[str, Any]
 
@@ -98,7 +100,9 @@ class Live:
         return await self._ask("bypass", on=on)
 
     async def load_scenes(self, scenes: Sequence[Message], *, loop: bool = False, begin: int = 0) -> Message:
-        """Load a scene list and begin one of its scenes; returns the ack of that. At most 8 KiB; REST takes 48."""
+        """Load a scene list and begin one of its scenes; returns the ack of that, or what REST does for a long list."""
+        if len(json.dumps(list(scenes))) > MAX_LIST_BYTES:
+            return await self._api.session(self.answer.session).load_scenes(scenes, loop=loop, begin=begin)
         return await self._ask("scenes", scenes=list(scenes), loop=loop, begin=begin)
 
     async def go(self, where: int | str) -> Message:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -230,8 +231,10 @@ async def listening(
         text = f"OSC cannot listen on {host}, UDP port {port}: {error.strerror}; choose another with --osc-port"
         raise OscError(text) from error
     try:
-        port = transport.get_extra_info("sockname")[1]
+        address, port = transport.get_extra_info("sockname")[:2]
         log.info("OSC on %s, UDP port %d", host, port)
+        if not ipaddress.ip_address(address).is_loopback:
+            log.warning("OSC knows no tokens: whoever reaches %s, UDP port %d, steers every session", host, port)
         logging.getLogger().addFilter(_not_of_python_osc)
         yield port
     finally:

@@ -1,7 +1,11 @@
 // Livebrush for other pages: `connect` opens a session that reconnects by itself (docs/steering.md has examples).
 // The page of Livebrush is its first user. Served by the same server; it asks for no other origin.
 
+import { authorizedFetch } from "./access.js";
 import { LiveSession } from "./session.js";
+
+// A message of the data channel ends at 8 KiB; longer lists go by REST.
+const MAX_LIST_BYTES = 8_000;
 
 /**
  * One person's session, over as many connections as it takes.
@@ -67,9 +71,17 @@ export class Livebrush {
   /**
    * Loads a scene list, which the server plays from then on.
    * @param {object[]} scenes each with what it sets, and hold_s @param {{loop?: boolean, begin?: number}} options
+   * @returns {Promise<object>} `params` and more, once it has begun
    */
-  loadScenes(scenes, { loop = false, begin = 0 } = {}) {
-    return this.#request("scenes", { scenes, loop, begin });
+  async loadScenes(scenes, { loop = false, begin = 0 } = {}) {
+    const list = { scenes, loop, begin };
+    const body = JSON.stringify(list);
+    if (new TextEncoder().encode(body).length <= MAX_LIST_BYTES) return this.#request("scenes", list);
+    const url = `/api/v1/sessions/${this.#connected.session}/scenes`;
+    const response = await authorizedFetch(url, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
+    const answer = await response.json();
+    if (!response.ok) throw new Error(answer.message);
+    return answer;
   }
 
   /** @param {number | "next" | "previous" | "play" | "stop"} where a number counts from 0 */
@@ -92,9 +104,13 @@ export class Livebrush {
 
   #events = new EventTarget();
 
-  #request(type, fields) {
-    if (!this.session.connection) return Promise.reject(new Error("There is no connection: start a source first."));
-    return this.session.connection.request(type, fields);
+  async #request(type, fields) {
+    return this.#connected.request(type, fields);
+  }
+
+  get #connected() {
+    if (!this.session.connection) throw new Error("There is no connection: start a source first.");
+    return this.session.connection;
   }
 
   #onChange() {

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import socket
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import av
@@ -17,6 +19,9 @@ import numpy as np
 import pytest
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
 from aiortc.mediastreams import VideoStreamTrack
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Counter
 from pythonosc.osc_bundle_builder import IMMEDIATELY, OscBundleBuilder
 from pythonosc.osc_message_builder import OscMessageBuilder
 
@@ -26,11 +31,12 @@ from livebrush_client import Api, Ended, Live, Refused, connect
 from server.app import running_server
 from server.metrics import ServerMetrics
 from server.openapi import document
-from server.osc import MAX_DATAGRAM_BYTES
+from server.osc import MAX_DATAGRAM_BYTES, OscError, OscListener, listening, load_parser
 from server.registry import SessionRegistry
 from server.session import SessionContext
 from server.settings import ServerSettings
 from server.signalling import Signalling
+from server.steering import Steering
 
 PATIENCE_S = 30.0
 
@@ -209,6 +215,9 @@ async def test_a_scene_list_plays_by_itself_and_by_hand(house: House) -> None:
         shown = await session.load_scenes([{"prompt": "oil"}, {"prompt": "chalk"}])
         with pytest.raises(Refused, match="begin 2 must be below"):
             await session.load_scenes([{"prompt": "oil"}, {"prompt": "chalk"}], begin=2)
+        ack = await live.load_scenes([{"prompt": f"{n} " * 300} for n in range(20)] + [{"prompt": "end"}], begin=20)
+        assert ack["params"]["prompt"] == "end"
+        await session.load_scenes([{"prompt": "oil"}, {"prompt": "chalk"}])
         with pytest.raises(Refused, match="hold_s"):
             await session.load_scenes([{"prompt": "a", "hold_s": 0.1}])
         async with aiohttp.ClientSession() as http:
@@ -310,6 +319,32 @@ async def test_who_opened_a_session_steers_it_and_nobody_else_does(engine: FakeE
                 with pytest.raises(Refused) as refused:
                     await call
                 assert refused.value.status == status
+
+
+async def test_osc_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    steering, count = cast(Steering, None), ServerMetrics().osc
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(OscError, match="choose another with --osc-port"):
+            async with listening("127.0.0.1", taken.getsockname()[1], steering, count, time.monotonic):
+                pass
+    monkeypatch.setitem(sys.modules, "pythonosc.osc_message", None)
+    with pytest.raises(OscError, match=r"pip install 'livebrush\[osc\]'"):
+        async with listening("127.0.0.1", 0, steering, count, time.monotonic):
+            pass
+
+
+@given(st.binary(max_size=200), st.integers(0, 3))
+def test_whatever_a_datagram_holds_the_next_one_is_read(data: bytes, depth: int) -> None:
+    count = Counter("osc", "", ["outcome"], registry=None)
+    listener = OscListener(cast(Steering, None), count, time.monotonic, load_parser())
+    for one in (
+        data,
+        b"/livebrush/" + data,
+        b"#bundle\0" + bytes(8) + data,
+        nested(b"/livebrush/x/y\0\0" + data, depth),
+    ):
+        listener.datagram_received(one, ("127.0.0.1", 1))
 
 
 async def test_a_published_stream_is_steered_by_its_name(house: House) -> None:
