@@ -84,7 +84,7 @@ class OscListener(asyncio.DatagramProtocol):
             try:
                 self._follow(address, values)
             except (OscRefused, ServerError, ControlError) as error:
-                self._refuse("refused", f"{address[:120]}: {error}")
+                self._refuse("refused", f"{error} (at {address[:120]})")
             else:
                 self._count.labels("applied").inc()
 

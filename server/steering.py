@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.control import shown_params
+from server.errors import NotFound
 from server.registry import SessionRegistry
 from server.session import Session
 from server.whip import Whip
@@ -31,7 +32,10 @@ class Steering:
             return self._registry.sessions
         if target in self._whip.streams():
             return (self.stream(target),)
-        return (self.session(target),)
+        try:
+            return (self.session(target),)
+        except NotFound:
+            raise NotFound(f"{target[:64]!r} is neither a published stream nor an open session's id") from None
 
     async def close(self, session: Session) -> None:
         """End a session. Raises NotFound."""
