@@ -59,8 +59,8 @@ void main() {
   float inset = 0.5 / float(textureSize(frame, 0).y);
   float y = clamp(0.5 * at.y, inset, 0.5 - inset);
   float grey = texture(frame, vec2(at.x, y + 0.5)).g;
-  // Black and white come back from the codec a little off.
-  float alpha = clamp((grey - 0.04) / 0.92, 0.0, 1.0);
+  // Black and white come back from the codec a little off, most of all at the border.
+  float alpha = clamp((grey - 0.1) / 0.8, 0.0, 1.0);
   colour = vec4(texture(frame, vec2(at.x, y)).rgb * alpha, alpha);
 }`;
 

@@ -1,6 +1,7 @@
 // A camera or screen as a published stream, so that the OBS on the same desk can show its painting as a layer
 // (docs/obs.md). /publish.html?stream=NAME&prompt=WORDS&audio=1#token=TOKEN
 
+import { authorizedFetch, token } from "./access.js";
 import { WhipPublisher, iceServers } from "./whip.js";
 
 const STREAM_NAME = /^[A-Za-z0-9_-]{1,64}$/;
@@ -13,7 +14,6 @@ const [state, note, prompt, preview, camera, screen, stop] = ["state", "note", "
 );
 const query = new URLSearchParams(location.search);
 const stream = query.get("stream") ?? "studio";
-const token = new URLSearchParams(location.hash.slice(1)).get("token") ?? "";
 let publisher = null;
 let source = null;
 
@@ -37,7 +37,7 @@ async function begin(kind) {
   source.getVideoTracks()[0].addEventListener("ended", end);
   const url = new URL(`/whip/${stream}`, location.href);
   if (prompt.value.trim()) url.searchParams.set("prompt", prompt.value.trim());
-  publisher = new WhipPublisher(url.href, source, { token, iceServers: () => iceServers(token) });
+  publisher = new WhipPublisher(url.href, source, { token: token(), iceServers: () => iceServers(token()) });
   publisher.addEventListener("state", ({ detail }) => say(...SAYS[detail.state], detail.detail));
   publisher.start();
   for (const button of [camera, screen]) button.hidden = true;
@@ -58,9 +58,9 @@ async function paint() {
   if (!publisher) return;
   const words = prompt.value.trim();
   publisher.url = Object.assign(new URL(publisher.url), { search: words ? `?${new URLSearchParams({ prompt: words })}` : "" }).href;
-  const headers = { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) };
+  const headers = { "Content-Type": "application/json" };
   const body = JSON.stringify({ prompt: words });
-  const response = await fetch(`/api/v1/streams/${stream}`, { method: "PATCH", headers, body }).catch(() => null);
+  const response = await authorizedFetch(`/api/v1/streams/${stream}`, { method: "PATCH", headers, body }).catch(() => null);
   const problem = response && !response.ok ? await response.json().catch(() => ({})) : {};
   note.textContent = response?.ok ? "" : (problem.detail ?? "The server does not answer; the style follows when it is back.");
 }
@@ -69,7 +69,7 @@ prompt.value = query.get("prompt") ?? "oil painting";
 const overlay = document.getElementById("overlay");
 overlay.href = overlay.textContent = `${location.origin}/overlay?stream=${encodeURIComponent(stream)}`;
 // A publisher's token is not for viewers.
-if (token) document.getElementById("watch").textContent = "Its overlay's address, with a viewer's token, stands in the panel of the start page.";
+if (token()) document.getElementById("watch").textContent = "Its overlay's address, with a viewer's token, stands in the panel of the start page.";
 if (STREAM_NAME.test(stream)) {
   camera.addEventListener("click", () => begin("camera"));
   screen.addEventListener("click", () => begin("screen"));

@@ -1,6 +1,6 @@
 // The panel "Use it": addresses to copy for OBS, players, overlays and calls, with tokens where the server asks for them.
 
-import { token } from "./access.js";
+import { authorization } from "./access.js";
 
 const STREAM_NAME = /^[A-Za-z0-9_-]{1,64}$/;
 // As long as a link can live: an OBS scene is set up once.
@@ -30,8 +30,8 @@ export function addresses({ origin, stream, prompt, cut, mirror, viewToken, publ
  * A link for one stream and role.
  * @returns {Promise<{ token: string, note: string }>} both empty where the server has no tokens; a note says what is wrong
  */
-async function link(role, stream, token) {
-  const headers = { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) };
+async function link(role, stream) {
+  const headers = { "Content-Type": "application/json", ...authorization() };
   const body = JSON.stringify({ role, stream, hours: LINK_HOURS });
   try {
     const response = await fetch("/api/v1/links", { method: "POST", headers, body, signal: AbortSignal.timeout(5_000) });
@@ -75,10 +75,6 @@ class Panel {
   #sizes;
   #links = { stream: "", view: { token: "", note: "" }, publish: { token: "", note: "" } };
   #turn = 0;
-
-  get #token() {
-    return token();
-  }
 
   /** @param {HTMLElement} body where it goes @param {HTMLInputElement} prompt the page's own words */
   constructor(body, prompt) {
@@ -141,15 +137,14 @@ class Panel {
   }
 
   async #showSize() {
-    const headers = this.#token ? { Authorization: `Bearer ${this.#token}` } : {};
-    const response = await fetch("/api/v1/models", { headers }).catch(() => null);
+    const response = await fetch("/api/v1/models", { headers: authorization() }).catch(() => null);
     const size = response?.ok ? (await response.json()).models[0]?.size : null;
     if (size) for (const span of this.#sizes) span.textContent = size;
   }
 
   async #ask(stream) {
     const turn = (this.#turn += 1);
-    const [view, publish] = await Promise.all(["view", "publish"].map((role) => link(role, stream, this.#token)));
+    const [view, publish] = await Promise.all(["view", "publish"].map((role) => link(role, stream)));
     if (turn !== this.#turn) return;
     this.#links = { stream, view, publish };
     this.refresh();
