@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from engine.api import EngineState, EngineStream, FrameChunk, RankLost, RenderedChunk, StreamParams
 from engine.client import LocalEngine
 from engine.config import EngineSettings
+from engine.wan.untrained import write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import make_pipeline
+from engine.worker import WARM_UP_PROMPT, make_pipeline
 
 SIZE = 64
 FAR = 1e12
@@ -36,11 +37,11 @@ async def started(settings: EngineSettings) -> LocalEngine:
     return engine
 
 
-def chunk(index: int, *, seed: int = 0, deadline: float = FAR) -> FrameChunk:
-    frames = 4 if index else 1
+def chunk(index: int, *, seed: int = 0, first_frames: int = 1) -> FrameChunk:
+    frames = 4 if index else first_frames
     pixels = np.random.default_rng([seed, index]).integers(60, 200, (frames, SIZE, SIZE, 3)).astype(np.uint8)
     first = index * 10
-    return FrameChunk(index, pixels, tuple(range(first, first + frames)), (0.0,) * frames, deadline + index)
+    return FrameChunk(index, pixels, tuple(range(first, first + frames)), (0.0,) * frames, FAR + index)
 
 
 async def take(stream: EngineStream, count: int) -> list[RenderedChunk]:
@@ -101,6 +102,24 @@ async def test_a_ring_shows_what_one_rank_shows_and_serves_streams_side_by_side(
             newest = result.index
     assert stream.counters.dropped and stream.counters.rendered
 
+    processes = ranks_of(engine)
+    assert len(processes) == 2
+    await engine.close()
+    await gone(processes)
+
+
+async def test_a_wan_model_is_spread_too(tmp_path: Path) -> None:
+    write_untrained_wan(tmp_path / "wan")
+    settings = settings_of(tmp_path / "wan", mode="batch")
+    engine = await started(settings)
+    assert engine.capacity.first_chunk_frames == 5
+    async with engine.open_stream("a", StreamParams(prompt=WARM_UP_PROMPT, steps=2)) as stream:
+        shown = []
+        for index in range(5):
+            stream.submit(chunk(index, first_frames=5))
+            shown += await take(stream, 1)
+    assert [len(result.frames) for result in shown] == [5, 4, 4, 4, 4]
+    assert not any(result.fault == "text_pending" for result in shown)
     processes = ranks_of(engine)
     assert len(processes) == 2
     await engine.close()

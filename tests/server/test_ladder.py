@@ -116,6 +116,17 @@ def test_latency_is_the_filling_of_a_chunk_and_a_chunk_of_every_session() -> Non
 # --- down
 
 
+def test_groups_side_by_side_share_the_sessions_and_the_fullest_counts() -> None:
+    full, two = capacity_of(0.1), replace(capacity_of(0.1), groups=2)
+    rung = Rung(1, small=False, fps=24)
+    for sessions, as_many in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        over_two, over_one = (
+            Demand(capacity, (1,) * count, SERVER).chunks_s(rung)
+            for capacity, count in ((two, sessions), (full, as_many))
+        )
+        assert over_two == pytest.approx(over_one)
+
+
 def test_it_begins_where_one_session_can_stand() -> None:
     assert Run(0.1).ladder.rung == Rung(4, False, 24)
     assert Run(0.1, (4,)).ladder.rung == Rung(1, False, 24)
