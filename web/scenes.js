@@ -174,7 +174,10 @@ export class ScenePanel {
     const go = button(String(index + 1), () => this.go(index));
     go.setAttribute("aria-label", `Go to scene ${index + 1}`);
     if (scene.name) go.title = scene.name;
-    item.append(go, prompt, number("hold_s", "Stays"), number("transition_s", "Takes over in"), document.createElement("output"), remove);
+    const times = document.createElement("p");
+    times.append("fades in", number("transition_s", "Takes over in"), "s, stays", number("hold_s", "Stays"), "s",
+      document.createElement("output"));
+    item.append(go, prompt, remove, times);
     return item;
   }
 
