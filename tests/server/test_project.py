@@ -94,10 +94,10 @@ def test_the_first_run_installs_and_the_second_does_nothing(machine: Machine) ->
     assert (second.returncode, second.stdout, machine.did) == (0, "", [])
 
 
-def test_tests_bring_their_tools_and_chromium(machine: Machine) -> None:
+def test_tests_bring_their_tools_chromium_and_a_relay(machine: Machine) -> None:
     machine.command("apt-get", APT)
     assert machine.setup("test").returncode == 0
-    assert machine.did == ["venv", "pip .[dev]", "apt -qq", "apt chromium"]
+    assert machine.did == ["venv", "pip .[dev]", "apt -qq", "apt chromium", "apt -qq", "apt coturn"]
     assert machine.setup("test").returncode == 0
     assert machine.setup("run").returncode == 0
     assert machine.did == []
