@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -24,8 +25,8 @@ from server.access import Access
 from server.app import _with_tokens, running_server
 from server.cli import main
 from server.configure import SettingsError, load_settings
-from server.errors import TooManyRequests, Unauthorized
-from server.guard import is_offer, needed_role, session_of
+from server.errors import Forbidden, TooManyRequests, Unauthorized
+from server.guard import Guard, is_offer, needed_role, session_of
 from server.limits import (
     ALL_OFFERS_BURST,
     BAD_BURST,
@@ -37,7 +38,7 @@ from server.limits import (
     RateLimits,
     address_key,
 )
-from server.redaction import RedactingFormatter, redact
+from server.redaction import RedactingFormatter, RepeatLimit, redact
 from server.roles import Role
 from server.session import SessionContext
 from server.settings import ServerSettings, TokenSettings
@@ -362,9 +363,16 @@ async def test_only_under_its_own_names() -> None:
 
 
 async def test_a_public_server_answers_to_its_addresses_and_to_no_strange_name() -> None:
-    async with house(host="0.0.0.0", tokens=TokenSettings(publish=PUBLISH)) as here:
-        for host, status in (("10.1.2.3:8080", 200), ("[fe80::1]:8080", 200), ("evil.example", 403)):
-            assert await here.status("GET", "/api/v1/models", PUBLISH, headers={"Host": host}) == status, host
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    guard = Guard(ServerSettings(host="0.0.0.0"), Access({}))
+    for host in ("10.1.2.3:8080", "[fe80::1]:8080", "[::1]", "localhost"):
+        request = make_mocked_request("GET", "/", headers={"Host": host})
+        assert (await guard.middleware(request, handler)).status == 200, host
+    for host in ("evil.example", "10.1.2.3.evil.example:8080", "0x7f000001", ""):
+        with pytest.raises(Forbidden):
+            await guard.middleware(make_mocked_request("GET", "/", headers={"Host": host}), handler)
 
 
 async def test_a_page_of_another_origin_changes_nothing() -> None:
@@ -605,3 +613,20 @@ def test_the_log_is_redacted_with_its_tracebacks_bounded_and_no_client_writes_li
     text = formatter.format(record)
     assert "s3cretTOKEN12345" not in text and "\nERROR" not in text and "\x1b" not in text and "ValueError" in text
     assert len(formatter.format(logging.LogRecord("x", 20, "", 0, "y" * 100_000, (), None))) < 17_000
+
+
+def test_the_same_complaint_is_logged_at_a_bounded_rate_and_the_rest_is_counted() -> None:
+    limit = RepeatLimit()
+
+    def say(text: str, at_s: float, level: int = logging.ERROR) -> str | None:
+        record = logging.LogRecord("aiohttp.server", level, "", 0, text, ("10.0.0.1",), None)
+        record.created = NOW + at_s
+        return record.getMessage() if limit.filter(record) else None
+
+    said = [say("no HTTP from %s", 0.0) for _ in range(1000)]
+    assert said[:10] == ["no HTTP from 10.0.0.1"] * 10 and set(said[10:]) == {None}
+    assert say("something else from %s", 0.0) and say("no HTTP from %s", 0.0, logging.INFO)
+    assert say("no HTTP from %s", 6.0) == "no HTTP from 10.0.0.1 (and 990 more before this one)"
+    for number in range(1000):
+        assert say(f"kind {number} of %s", 7.0)
+    assert len(limit._seen) == 256
