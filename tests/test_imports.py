@@ -16,6 +16,7 @@ import pytest
         ("engine.choose", ("torch",)),
         ("engine.memory", ("torch",)),
         ("server.configure", ("torch", "aiortc")),
+        ("livebrush_client", ("torch", "server", "engine")),
     ],
 )
 def test_entry_point_never_loads(entry: str, forbidden: tuple[str, ...]) -> None:
