@@ -283,6 +283,23 @@ async def test_control_channel_of_a_peer_that_only_sends_rubbish_is_closed() -> 
         await frame_of(peer)
 
 
+@pytest.mark.parametrize("handler", ["adopt", "_take_control", "_take_telemetry"])
+async def test_a_handler_of_the_channels_that_raises_ends_nothing(
+    handler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(f"server.channels.Channels.{handler}", fail)
+    async with connected() as (peer, client):
+        await client.opened()
+        client.control.send("one")
+        client.telemetry.send("two")
+        await until(lambda: peer.counters.get("handler_errors"))
+        first = await frame_of(peer)
+        assert (await frame_of(peer)).pts > first.pts  # type: ignore[operator]
+
+
 def test_nothing_escapes_a_walled_handler() -> None:
     counters: Counter[str] = Counter()
     walled(int, counters)("no number")
