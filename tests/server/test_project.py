@@ -18,7 +18,8 @@ import pytest
 from server.cli import main
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("bash", "env", "dirname", "sha256sum", "cut", "rm", "mkdir", "cp", "chmod")
+TOOLS = ("bash", "env", "cat", "dirname", "sha256sum", "cut", "rm", "mkdir", "cp", "chmod")
+LOCK = Path("tests/interop/clients/package-lock.json")
 
 PYTHON = """#!/bin/bash
 # Stands for python3: makes a virtual environment of itself, notes what pip is asked.
@@ -34,7 +35,7 @@ esac
 APT = """#!/bin/bash
 echo "apt ${!#}" >>"$FAKE/log"
 [ "$1" = install ] || exit 0
-case "${!#}" in chromium) cp "$FAKE/bin/id" "$FAKE/bin/chromium" ;; *venv) rm -f "$FAKE/no-venv" ;; esac
+case "${!#}" in chromium | npm) cp "$FAKE/bin/id" "$FAKE/bin/${!#}" ;; *venv) rm -f "$FAKE/no-venv" ;; esac
 """
 
 
@@ -75,6 +76,8 @@ def machine(tmp_path: Path) -> Machine:
     (fake / "bin").mkdir(parents=True)
     shutil.copy2(ROOT / "scripts" / "setup", checkout / "scripts" / "setup")
     shutil.copy2(ROOT / "pyproject.toml", checkout / "pyproject.toml")
+    (checkout / LOCK).parent.mkdir(parents=True)
+    shutil.copy2(ROOT / LOCK, checkout / LOCK)
     for tool in TOOLS:
         path = shutil.which(tool)
         assert path
@@ -94,10 +97,10 @@ def test_the_first_run_installs_and_the_second_does_nothing(machine: Machine) ->
     assert (second.returncode, second.stdout, machine.did) == (0, "", [])
 
 
-def test_tests_bring_their_tools_chromium_and_a_relay(machine: Machine) -> None:
+def test_tests_bring_their_tools_chromium_and_foreign_clients(machine: Machine) -> None:
     machine.command("apt-get", APT)
     assert machine.setup("test").returncode == 0
-    assert machine.did == ["venv", "pip .[dev]", "apt -qq", "apt chromium", "apt -qq", "apt coturn"]
+    assert machine.did == ["venv", "pip .[dev]", "apt -qq", "apt chromium", "apt -qq", "apt npm"]
     assert machine.setup("test").returncode == 0
     assert machine.setup("run").returncode == 0
     assert machine.did == []
@@ -166,7 +169,26 @@ def test_sudo_is_used_by_people_who_are_not_root(machine: Machine) -> None:
     machine.command("sudo", '#!/bin/bash\necho sudo >>"$FAKE/log"\nexec "$@"\n')
     assert machine.setup("test").returncode == 0
     assert machine.did[2:6] == ["sudo", "apt -qq", "sudo", "apt chromium"]
-    assert machine.did[6:] == ["sudo", "apt -qq", "sudo", "apt coturn"]
+    assert machine.did[6:] == ["sudo", "apt -qq", "sudo", "apt npm"]
+
+
+def test_the_npm_clients_are_installed_by_their_lock_file_and_again_when_it_changes(machine: Machine) -> None:
+    machine.command("chromium", "#!/bin/bash\n")
+    machine.command("npm", '#!/bin/bash\necho "npm $1 $3" >>"$FAKE/log"\n')
+    for expected in (["venv", "pip .[dev]", f"npm ci {LOCK.parent}"], []):
+        assert machine.setup("test").returncode == 0
+        assert machine.did == expected
+    with (machine.checkout / LOCK).open("a") as file:
+        file.write("\n")
+    machine.setup("test")
+    assert machine.did == [f"npm ci {LOCK.parent}"]
+
+
+def test_without_foreign_clients_the_tests_are_set_up_all_the_same(machine: Machine) -> None:
+    machine.command("chromium", "#!/bin/bash\n")
+    result = machine.setup("test")
+    assert result.returncode == 0
+    assert "are skipped: python3-gi" in result.stdout and "coturn" in result.stdout
 
 
 @pytest.mark.parametrize("path", [".ci/run", "scripts/setup"])
