@@ -165,8 +165,10 @@ def test_bitrate_is_kept_at_the_real_frame_rate(name: str, fps: int) -> None:
 def test_picture_far_over_the_bound_is_refused_before_it_is_decoded() -> None:
     codec = VIDEO["VP8"]
     data = encoded(codec, VideoEncoder(codec).encode(moving(0, (720, 1280)), 0, 1_000_000, False))
-    with pytest.raises(PictureTooLargeError):
+    with pytest.raises(PictureTooLargeError) as refused:
         Decoder(codec, 160 * 120).decode(EncodedFrame(data, 0, 0.0))
+    # By FFmpeg, which has made no buffer yet, and not by the size of a decoded picture.
+    assert isinstance(refused.value.__cause__, av.ArgumentError)
     (frame,) = Decoder(codec, 1280 * 720).decode(EncodedFrame(data, 0, 0.0))
     assert isinstance(frame, av.VideoFrame)
 
