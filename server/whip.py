@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -59,6 +59,8 @@ SILENT_S = 3.0
 RETURN_S = 30.0
 TICK_S = 0.5
 CLOSE_TIMEOUT_S = 5.0
+# Session URLs whose DELETE is answered 200 once more: some clients close their connection and then say so.
+MAX_REMEMBERED = 1024
 NOT_LIVE_RETRY_S = 2.0
 TAKEN_RETRY_S = 5.0
 VIEWERS_FULL_RETRY_S = 10.0
@@ -107,6 +109,7 @@ class Whip(Collector):
         self._context = context
         self._registry = registry
         self._streams: dict[str, Stream] = {}
+        self._made: deque[str] = deque(maxlen=MAX_REMEMBERED)
         self._matte = MatteProcess()
         # Of the streams that are over.
         self._counted: Counter[str] = Counter()
@@ -169,8 +172,13 @@ class Whip(Collector):
             return web.Response(headers={"Accept-Patch": FRAGMENT, "Allow": "OPTIONS, GET, HEAD, PATCH, DELETE"})
         if request.method not in ("GET", "HEAD", "PATCH", "DELETE"):
             raise _not_allowed(request, "OPTIONS, GET, HEAD, PATCH, DELETE")
-        ufrag, viewer = self._find(request)
         session_id = request.match_info["id"]
+        try:
+            ufrag, viewer = self._find(request)
+        except NotFound:
+            if request.method == "DELETE" and request.path in self._made:
+                return web.Response(status=200)
+            raise
         if request.method == "DELETE":
             if viewer is not None:
                 await self._end([viewer])
@@ -336,6 +344,7 @@ class Whip(Collector):
         answer = answer.replace("a=rtcp-mux\r\n", "a=rtcp-mux\r\na=rtcp-mux-only\r\n")
         response = web.Response(text=answer, status=201, content_type=SDP)
         response.headers["Location"] = url
+        self._made.append(url)
         response.headers["ETag"] = _etag(session_id)
         for server in ice_servers(self._context.settings.media):
             response.headers.add("Link", server.as_link())

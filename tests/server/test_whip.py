@@ -288,7 +288,21 @@ async def test_a_silent_publisher_makes_way(house: House, monkeypatch: pytest.Mo
     first, second = house.publisher(), house.publisher()
     await first.enter("/whip/live")
     assert (await second.enter("/whip/live")).status == 201
-    async with house.http.delete(first.url) as response:
+    async with house.http.get(first.url) as response:
+        assert response.status == 404
+
+
+async def test_a_client_that_closes_its_connection_first_may_still_delete_its_session(house: House) -> None:
+    await house.publisher().enter("/whip/live")
+    player = house.player()
+    await player.enter("/whep/live")
+    await until(lambda: player.pictures, "a picture")
+    await player.connection.close()
+    async with asyncio.timeout(PATIENCE_S):
+        while (await house.stream("live"))["viewers"]:
+            await asyncio.sleep(0.02)
+    assert await player.leave() == 200
+    async with house.http.get(player.url) as response:
         assert response.status == 404
 
 

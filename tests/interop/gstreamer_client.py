@@ -1,4 +1,4 @@
-"""GStreamer's webrtcbin as WHIP publisher and WHEP player; run by test_whip_gstreamer.py under a Python that has gi.
+"""GStreamer's webrtcbin as WHIP publisher and WHEP player; run by test_gstreamer.py under a Python that has gi.
 
     python3 gstreamer_client.py URL ENCODER PROFILE
 

@@ -1,21 +1,19 @@
 """A foreign client: GStreamer publishes and plays. Needs python3-gi, gstreamer1.0-nice and the base, good, bad and
-ugly plugins with their introspection data (gir1.2-gst-plugins-bad-1.0); skipped without them."""
+ugly plugins with their introspection data (gir1.2-gst-plugins-bad-1.0), which scripts/setup installs; skipped
+without them."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engine.config import EngineSettings
-from engine.fake import FakeEngine
-from server.app import running_server
-from server.settings import ServerSettings
+from tests.e2e.serving import Server
 
 CLIENT = Path(__file__).parent / "gstreamer_client.py"
 PYTHONS = ("/usr/bin/python3", "python3")
@@ -39,26 +37,22 @@ def python_with_gstreamer() -> str | None:
     return None
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server") / "log", engine="fake", patient=True) as running:
+        yield running
+
+
 @pytest.mark.parametrize(
     ("codec", "profile"), [("VP8", ""), ("H264", "constrained-baseline"), ("H264", "main"), ("H264", "high")]
 )
-async def test_gstreamer_publishes_and_plays(codec: str, profile: str) -> None:
+def test_gstreamer_publishes_and_plays(server: Server, codec: str, profile: str) -> None:
     python = python_with_gstreamer()
     if python is None:
         pytest.skip("GStreamer's webrtcbin with Python bindings is not installed")
-    settings = ServerSettings(port=0, engine_kind="fake", engine=EngineSettings(width=128, height=128))
-    async with running_server(settings, FakeEngine(128, 128, delay_s=0.02)) as (_, port):
-        url = f"http://127.0.0.1:{port}"
-        client = await asyncio.create_subprocess_exec(
-            python, str(CLIENT), url, codec, profile, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                out, errors = await client.communicate()
-        finally:
-            if client.returncode is None:
-                client.kill()
-    assert client.returncode == 0, errors.decode()[-2000:]
-    told = json.loads(out.decode().splitlines()[-1])
+    command = [python, str(CLIENT), server.url, codec, profile]
+    client = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert client.returncode == 0, client.stderr[-2000:]
+    told = json.loads(client.stdout.splitlines()[-1])
     assert told["deleted"] == [200, 200]
     assert told["decoded"]["video"] >= 30 and told["decoded"]["audio"] >= 50
