@@ -342,7 +342,8 @@ class Whip(Collector):
     def _created(self, url: str, session_id: str, answer: str) -> web.Response:
         # RFC 9725, 4.4.2: in each bundled section.
         answer = answer.replace("a=rtcp-mux\r\n", "a=rtcp-mux\r\na=rtcp-mux-only\r\n")
-        response = web.Response(text=answer, status=201, content_type=SDP)
+        # As bytes: with a text aiohttp would add a charset, which application/sdp does not have (RFC 8866).
+        response = web.Response(body=answer.encode(), status=201, content_type=SDP)
         response.headers["Location"] = url
         self._made.append(url)
         response.headers["ETag"] = _etag(session_id)
