@@ -26,6 +26,7 @@ from server.health import ADMIN_HOST, admin_application
 from server.limits import Connections, GuardedSite
 from server.metrics import ServerMetrics
 from server.osc import listening
+from server.recording import Recordings
 from server.registry import SessionRegistry
 from server.roles import Role
 from server.session import SessionContext
@@ -78,6 +79,8 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
         loop.set_default_executor(executor)
         metrics = ServerMetrics()
         loop.set_exception_handler(_count_strays(metrics))
+        recordings = Recordings(settings.recordings)
+        metrics.registry.register(recordings)
         context = SessionContext(
             engine,
             settings,
@@ -86,6 +89,7 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             steps_max=most_steps,
             seed=_profile(settings.engine).seed,
             style_names={style["id"]: style["name"] for style in styles},
+            recordings=recordings,
         )
         registry = SessionRegistry(context)
         signalling = Signalling(context, registry, styles)
@@ -109,7 +113,7 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             log.info("metrics at http://%s:%d/metrics", *admin.addresses[0][:2])
             await engine.start()
             osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
-            async with registry, osc:
+            async with recordings, registry, osc:
                 yield context, port
         finally:
             await runner.cleanup()

@@ -19,6 +19,7 @@ from server.link_command import add_link_parser
 from server.load import add_load_parser
 from server.models_command import add_models_parser
 from server.plan_command import add_plan_parser
+from server.replay_command import add_replay_parser
 
 if TYPE_CHECKING:
     from engine.api import Engine
@@ -60,6 +61,7 @@ def serve(options: argparse.Namespace) -> int:
         (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
         (("osc_port",), "--osc-port", options.osc_port),
+        (("recordings", "dir"), "--recordings", options.recordings),
     ]
     try:
         resolved = resolve(options.config, os.environ, _flags(given))
@@ -205,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     add_link_parser(commands)
     add_load_parser(commands)
     add_plan_parser(commands)
+    add_replay_parser(commands)
     return parser
 
 
@@ -231,6 +234,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
     parser.add_argument("--osc-port", type=int, metavar="PORT", help="steer by OSC on this UDP port of loopback")
+    parser.add_argument(
+        "--recordings", type=Path, metavar="DIR", help="let sessions be recorded there (default: nothing is recorded)"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file; flags and LIVEBRUSH_* win")
 
 

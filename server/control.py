@@ -23,6 +23,10 @@ MIN_HOLD_S = 0.5
 MAX_HOLD_S = 86_400.0
 
 
+# What of a session can be recorded; "session" is all that a replay needs.
+Recorded = Literal["input", "output", "session"]
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -104,6 +108,19 @@ class SceneGo(BaseModel):
     go: SceneMove
 
 
+class RecordingWish(BaseModel):
+    """What to record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    what: list[Recorded] = Field(
+        default=["output"],
+        min_length=1,
+        max_length=3,
+        description="the camera's picture, the painted one, and what a replay needs",
+    )
+
+
 class Params(_Message, ParamsChange):
     """Change what is given; the rest stays."""
 
@@ -129,6 +146,13 @@ class SceneMoved(_Message, SceneGo):
     type: Literal["scene"]
 
 
+class Record(_Message, RecordingWish):
+    """Begin to record, or end it."""
+
+    type: Literal["record"]
+    on: bool
+
+
 class Ping(_Message):
     """Ask for the server's clock."""
 
@@ -142,8 +166,8 @@ class Bye(_Message):
     type: Literal["bye"]
 
 
-ControlMessage = Params | Bypass | Scenes | SceneMoved | Ping | Bye
-MESSAGE_TYPES = ("params", "bypass", "scenes", "scene", "ping", "bye")
+ControlMessage = Params | Bypass | Scenes | SceneMoved | Record | Ping | Bye
+MESSAGE_TYPES = ("params", "bypass", "scenes", "scene", "record", "ping", "bye")
 _adapter: TypeAdapter[ControlMessage] = TypeAdapter(Annotated[ControlMessage, Field(discriminator="type")])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.control import SceneGo, SceneList, SessionChange
+from server.control import RecordingWish, SceneGo, SceneList, SessionChange
 from server.guard import needed_role
 from server.links import LinkWish
 
@@ -55,6 +55,18 @@ def _steered(path: str, noun: str) -> tuple[Call, ...]:
         Call("put", path + "/scenes", "Load a scene list and begin it", (ok, broken, gone), SceneList),
         Call("delete", path + "/scenes", "Forget the scene list; the picture stays", (done, gone)),
         Call("post", path + "/scenes/go", "Go to a scene", (ok, broken, gone), SceneGo),
+        Call(
+            "get", path + "/still", "The newest picture, ?of=output or input", ((200, "PNG or JPEG, by Accept"), gone)
+        ),
+        Call("get", path + "/recording", "The recording that runs, or ran last", ((200, "how it goes"), gone)),
+        Call(
+            "post",
+            path + "/recording",
+            "Begin to record on the server's disk",
+            ((201, "it has begun"), broken, gone, (409, "one runs"), (422, "not here"), (507, "no room")),
+            RecordingWish,
+        ),
+        Call("delete", path + "/recording", "End the recording", ((200, "how it went"), gone)),
     )
 
 

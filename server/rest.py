@@ -8,16 +8,19 @@ Both have the same methods, and scenes below them: one set of handlers, told apa
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from server.bodies import read_json
-from server.control import ControlError, SceneGo, SceneList, SessionChange
+from server.control import ControlError, RecordingWish, SceneGo, SceneList, SessionChange
 from server.errors import BadRequest, NotFound
 from server.openapi import document, page
+from server.recording import STOP_TIMEOUT_S
 from server.session import Session, SessionContext
 from server.steering import Steering
+from server.stills import answer_still
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -54,6 +57,10 @@ class Rest:
                     web.put(path + "/scenes", self._checked(self._put_scenes)),
                     web.delete(path + "/scenes", self._checked(self._delete_scenes)),
                     web.post(path + "/scenes/go", self._checked(self._go)),
+                    web.get(path + "/still", self._still),
+                    web.get(path + "/recording", self._get_recording),
+                    web.post(path + "/recording", self._record),
+                    web.delete(path + "/recording", self._stop_recording),
                 ]
             )
 
@@ -141,3 +148,26 @@ class Rest:
         session = self._find(request)
         session.scenes.move((await read_json(request, SceneGo)).go)
         return self._shown(request)
+
+    # --- its pictures
+
+    async def _still(self, request: web.Request) -> web.Response:
+        return await answer_still(request, self._find(request), self._context.executor)
+
+    async def _get_recording(self, request: web.Request) -> web.Response:
+        recording = self._find(request).recording
+        if recording is None:
+            raise NotFound("this session was not recorded; POST here to begin", code="no_recording")
+        return web.json_response(recording.shown())
+
+    async def _record(self, request: web.Request) -> web.Response:
+        session = self._find(request)
+        recording = session.record((await read_json(request, RecordingWish)).what)
+        await asyncio.shield(recording.begun)
+        return web.json_response(recording.shown(), status=201)
+
+    async def _stop_recording(self, request: web.Request) -> web.Response:
+        recording = self._find(request).stop_recording()
+        # Answered once the files are whole.
+        await asyncio.wait([recording.task], timeout=STOP_TIMEOUT_S)
+        return web.json_response(recording.shown())

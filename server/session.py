@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -42,8 +42,10 @@ from server.metrics import ServerMetrics, SessionMetrics
 from server.pacer import Pacer
 from server.peer import Peer, PeerGone
 from server.presenter import RESTYLED, Picture, Presenter
+from server.recording import End, Recording, RecordingError, Recordings
 from server.resume import RESUME_S, Arrival, Connect, Door, Link
 from server.scenes import Show
+from server.session_record import header_of, why_not_exact
 from server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class SessionContext:
     steps_max: int = MAX_STEPS
     seed: bool = True
     style_names: Mapping[str, str] = field(default_factory=dict)
+    recordings: Recordings | None = None
 
 
 class Outlet(Protocol):
@@ -160,6 +163,12 @@ class Session:
         self._bad_messages = 0
         self.scenes = Show(self._clock, self._follow_scene, context.steps_max)
         """What is painted when, where a list of scenes was loaded."""
+        self.recording: Recording | None = None
+        """The one that runs, or ran last."""
+        self.last_input: Frames | None = None
+        """The newest camera picture of the agreed rate, as the engine gets it."""
+        self.last_output: Frames | None = None
+        """The newest picture shown."""
 
     @property
     def fps(self) -> float:
@@ -186,6 +195,8 @@ class Session:
             finally:
                 if self._arrival is not None:
                     self._arrival.refuse(NotFound("the session has ended", code="session_gone"))
+                if self.recording is not None:
+                    self.recording.stop(End.SESSION_ENDED)
                 await self._sum_up(peer if self.peer is None else self.peer, reason)
         return reason
 
@@ -312,6 +323,9 @@ class Session:
             if not admitted:
                 continue
             rgb = await loop.run_in_executor(self._context.executor, to_rgb, frame.picture, width, height)
+            self.last_input = rgb
+            if self.recording is not None:
+                self.recording.picture("input", rgb, frame.arrived_at)
             self._take(rgb, index, frame.arrived_at)
         for reason, message in INPUT_FAULTS.items():
             if peer.counters.get(reason):
@@ -373,15 +387,20 @@ class Session:
         while True:
             try:
                 await self._wait_ready(restarting=was_lost)
-                async with engine.open_stream(self.id, self._engine_params()) as stream:
+                params = self._engine_params()
+                async with engine.open_stream(self.id, params) as opened:
+                    stream = self._taped(opened, params)
                     self._open(stream)
                     if was_lost:
                         self._notice("engine_back", "The engine is back.")
-                    else:
+                    elif stream is opened:
                         self._notice("model_ready", "The model is ready.")
                     was_lost = False
                     async for chunk in stream:
                         self._on_rendered(stream, chunk)
+                        if self.recording is not None and self.recording.awaits_stream:
+                            self._lose_all("begun_anew")
+                            break
             except RankLost:
                 was_lost = True
                 self._lose_all()
@@ -436,17 +455,26 @@ class Session:
         self._told = ""
         self._stream = stream
 
-    def _lose_all(self) -> None:
+    def _taped(self, stream: EngineStream, params: StreamParams) -> EngineStream:
+        """The stream just opened, recorded where that is wished: a record for a replay begins with a stream."""
+        if self.recording is None or not self.recording.awaits_stream:
+            return stream
+        settings = self._context.settings
+        return self.recording.taped(stream, header_of(settings.engine_kind, settings.engine, params))
+
+    def _lose_all(self, reason: str = "engine_lost") -> None:
         """The stream broke: what was on its way through the engine is lost. (At the session's end it stays inside.)"""
         if self._stream is None:
             return
         self._count_engine_drops(self._stream)
         for index in list(self._sources):
-            self._lose_chunk(self._stream, index, "engine_lost")
-        self.metrics.on_dropped(self._clock(), "engine_lost", self._assembler.clear())
+            self._lose_chunk(self._stream, index, reason)
+        self.metrics.on_dropped(self._clock(), reason, self._assembler.clear())
 
     def _close_stream(self) -> None:
         self._stream = None
+        if self.recording is not None:
+            self.recording.end_tape("the engine's stream ended")
         self._restyling = False
         self._sources.clear()
         # Revisions count anew on the next stream, which is opened with these parameters.
@@ -523,6 +551,9 @@ class Session:
     def _release(self, peer: Link, picture: Picture) -> None:
         now = self._clock()
         frame = self._presenter.present(picture)
+        self.last_output = frame.rgb
+        if self.recording is not None:
+            self.recording.picture("output", frame.rgb, now)
         if self._outlet is None:
             peer.send_frame(frame)
         else:
@@ -574,6 +605,15 @@ class Session:
             case control.SceneMoved():
                 revision = self.scenes.move(message.go, message.id)
                 self._request_ack(message.id, revision if self._stream else None)
+            case control.Record():
+                try:
+                    if message.on:
+                        self.record(message.what)
+                    else:
+                        self.stop_recording()
+                except ServerError as error:
+                    raise control.ControlError(error.code, str(error), message.id) from error
+                self._request_ack(message.id, None)
             case control.Ping():
                 self.peer.send_control(control.encode("pong", id=message.id, t_ms=message.t_ms, server_s=self._clock()))
             case control.Bye():
@@ -653,6 +693,31 @@ class Session:
                     styles=styles if len(styles) > 1 else None,
                 )
             )
+
+    def record(self, what: Sequence[control.Recorded]) -> Recording:
+        """Begin a recording; how it goes is told to the page.
+
+        Raises: Conflict while one runs; RecordingError where the server does not record, or not for a replay.
+        """
+        if self.recording is not None and self.recording.end is None:
+            raise Conflict("this session is being recorded; end that recording first", code="recording_runs")
+        reason = why_not_exact(self._context.settings.engine) if "session" in what else ""
+        if reason:
+            raise RecordingError(f"no record for a replay: {reason}", status=422, code="not_replayable")
+        if self._context.recordings is None:
+            raise RecordingError("this server does not record", status=422, code="recordings_off")
+        self.recording = self._context.recordings.start(what, self._on_recording)
+        return self.recording
+
+    def stop_recording(self) -> Recording:
+        """End the recording; what waits is still written. Raises NotFound where none runs."""
+        if self.recording is None or self.recording.end is not None:
+            raise NotFound("this session is not being recorded", code="no_recording")
+        self.recording.stop()
+        return self.recording
+
+    def _on_recording(self, recording: Recording, message: str) -> None:
+        self._notice("recording", message, **recording.shown())
 
     def announce_closing(self) -> None:
         """Tell the page that the server goes and when to come back."""

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    model_validator,
+)
 
 from engine.config import MAX_STEPS, EngineSettings
 from server.roles import Role
@@ -103,6 +112,21 @@ class TokenSettings(BaseModel):
         return {role: token.get_secret_value() for role, token in named.items() if token is not None}
 
 
+class RecordingSettings(BaseModel):
+    """Where sessions may be recorded, and how much room that may take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dir: Path | None = Field(default=None, description="folder for recordings; without one nothing is recorded")
+    quota_bytes: PositiveInt = Field(default=20_000_000_000, description="room for all recordings together")
+    min_free_bytes: NonNegativeInt = Field(
+        default=1_000_000_000, description="a recording ends before less than this would stay free on its disk"
+    )
+    keep_days: PositiveFloat | None = Field(
+        default=None, description="recordings older than this are deleted; none by default"
+    )
+
+
 class ServerSettings(BaseModel):
     """Everything `livebrush serve` can be told."""
 
@@ -155,6 +179,7 @@ class ServerSettings(BaseModel):
         description="address to listen on for OSC, which knows no tokens: whoever reaches it steers every session",
     )
     max_viewers: PositiveInt = Field(default=16, description="WHEP viewers of all streams together")
+    recordings: RecordingSettings = RecordingSettings()
     web_dir: Path = WEB_DIR
 
     @model_validator(mode="after")

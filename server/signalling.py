@@ -127,7 +127,8 @@ class Signalling:
     # --- what there is
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": "livebrush", "version": version("livebrush")})
+        recordings = self._context.recordings is not None and self._context.recordings.offered
+        return web.json_response({"name": "livebrush", "version": version("livebrush"), "recordings": recordings})
 
     async def _models(self, request: web.Request) -> web.Response:
         settings = self._context.settings
