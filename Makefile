@@ -30,9 +30,10 @@ bench:  ## measure this machine: the model by parts, the engine's passes, one pa
 	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
 	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
 
-drills:  ## break it and watch: an engine four times slower in mid-stream, and well again
+drills:  ## break it and watch: an engine four times slower in mid-stream, and well again; a minute of mangled requests
 	@scripts/setup test
 	@$(BIN)/python tests/bench/drill_slowdown.py $(ARGS)
+	@$(BIN)/python tests/bench/drill_fuzz.py
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train

@@ -161,6 +161,7 @@ def _check_kinds(kinds: tuple[str, ...]) -> None:
 
 def _check_section(lines: list[str]) -> None:
     """Check one media section together with the session's own lines."""
+    parted = [line.partition(":") for line in lines]
     for prefix, what in (
         ("a=ice-ufrag:", "ICE user fragment"),
         ("a=ice-pwd:", "ICE password"),
@@ -168,7 +169,8 @@ def _check_section(lines: list[str]) -> None:
         ("a=setup:", "DTLS role"),
         ("a=mid:", "mid"),
     ):
-        if not any(line.lower().startswith(prefix) for line in lines):
+        # Names of attributes are case-sensitive, those of hash functions are not.
+        if not any(f"{name}:{value.lower()}".startswith(prefix) for name, _, value in parted):
             raise BadRequest(f"a media section of the offer has no {what}")
     if any(line.startswith("a=simulcast:") and ";" in line for line in lines):
         raise Unsupported("simulcast is not supported; offer one encoding")

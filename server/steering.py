@@ -56,7 +56,8 @@ class Steering:
 
     def shown_stream(self, name: str) -> dict[str, object]:
         """One stream as REST shows it. Raises NotFound for one that nobody publishes now."""
-        return self._whip.shown(name) | _wishes(self.stream(name))
+        session = self.stream(name)
+        return self._whip.shown(name) | _wishes(session)
 
 
 def _wishes(session: Session) -> dict[str, object]:

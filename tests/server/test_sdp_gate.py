@@ -53,6 +53,13 @@ def test_lines_may_end_with_a_bare_newline() -> None:
     assert check_offer(offer(section("video", 0)).replace("\r\n", "\n")).kinds == ("video",)
 
 
+def test_names_of_attributes_are_case_sensitive_and_hash_functions_are_not() -> None:
+    good = offer(section("video", 0))
+    assert check_offer(good.replace("sha-256", "SHA-256")).setup == "actpass"
+    with pytest.raises(BadRequest, match="DTLS role"):
+        check_offer(good.replace("a=setup:actpass", "A=SETUP:ACTPASS"))
+
+
 def test_candidates_are_sieved_and_the_end_is_not_told() -> None:
     lines = [
         CANDIDATE,

@@ -251,6 +251,8 @@ async def test_a_stream_is_restyled_by_rest(house: House) -> None:
             assert response.status == status
     async with house.http.patch(house.base + "/api/v1/streams/other", json={}) as response:
         assert response.status == 404
+    async with house.http.get(house.base + "/api/v1/streams/other") as response:
+        assert response.status == 404 and (await response.json())["code"] == "not_live"
 
 
 async def test_viewers_stay_when_the_publisher_goes_and_see_it_return(house: House) -> None:
