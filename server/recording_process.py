@@ -42,10 +42,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Disk:
-    """What a recording may fill. written: bytes so far, of all its files."""
+    """What a recording may fill.
+
+    written: bytes so far, of all its files. error: the first of a file that could not grow, which FFmpeg may report
+    as an error of its own.
+    """
 
     def __init__(self, folder: Path, min_free_bytes: int) -> None:
         self.written = 0
+        self.error: OSError | None = None
         self._folder = folder
         self._min_free_bytes = min_free_bytes
 
@@ -66,10 +71,14 @@ class DiskFile:
 
     def write(self, data: bytes) -> int:
         """Write all of `data`. Raises OSError."""
-        self._disk.take(len(data))
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self._fd, left) :]
+        try:
+            self._disk.take(len(data))
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError as error:
+            self._disk.error = self._disk.error or error
+            raise
         return len(data)
 
     def close(self) -> None:
@@ -112,6 +121,7 @@ class VideoFile:
     """One file of pictures of one size."""
 
     def __init__(self, file: DiskFile, form: Form, width: int, height: int) -> None:
+        """Write the file's head. Raises OSError or FFmpegError where there is no room for it."""
         self._file = file
         self._form = form
         self._ticks = -1
@@ -129,6 +139,8 @@ class VideoFile:
         if not form.lossless:
             encoder.colorspace = encoder.color_primaries = encoder.color_trc = BT601
             encoder.color_range = LIMITED_RANGE
+        # Now, and not with the first packet: closing a container without its head ends the process (PyAV 18.1).
+        self._container.start_encoding()
 
     def write(self, rgb: NDArray[np.uint8], ticks: int) -> None:
         """Add an [H, W, 3] picture at its time, or just behind the last one. Raises OSError."""
@@ -211,9 +223,10 @@ def run(source: IO[bytes], sink: IO[str], recorder: Recorder) -> None:
             if time.monotonic() - said_at > REPORT_S:
                 said_at = time.monotonic()
                 say(written=recorder.disk.written)
-    except OSError as error:
-        end = "disk_full" if error.errno in DISK_FULL else "failed"
-        message = error.strerror or str(error)
+    except (OSError, av.FFmpegError) as error:
+        cause = recorder.disk.error or error
+        end = "disk_full" if cause.errno in DISK_FULL else "failed"
+        message = cause.strerror or str(cause)
     recorder.close()
     say(written=recorder.disk.written, end=end, message=message)
 

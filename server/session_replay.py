@@ -152,7 +152,6 @@ def _open(out: Path, size: tuple[int, int]) -> VideoFile:
 
 
 async def _run(engine: Engine, record: SessionRecord, video: VideoFile | None) -> ReplaySummary:
-    loop = asyncio.get_running_loop()
     chunks = frames = skipped = 0
     differing: list[int] = []
     began_at: float | None = None
@@ -182,7 +181,7 @@ async def _run(engine: Engine, record: SessionRecord, video: VideoFile | None) -
             if video is not None:
                 began_at = submitted.captured_at[0] if began_at is None else began_at
                 for rgb, at in zip(rendered.frames, submitted.captured_at, strict=True):
-                    await loop.run_in_executor(None, video.write, rgb, round((at - began_at) * TICKS_PER_S))
+                    video.write(rgb, round((at - began_at) * TICKS_PER_S))
     return ReplaySummary(chunks, frames, skipped, tuple(differing))
 
 
