@@ -439,7 +439,7 @@ def parse_fragment(text: str) -> Fragment:
                 ufrag = value
             case "a=mid":
                 mid = value
-            case "a=candidate":
+            case "a=candidate" if value:
                 section = {} if mid is None else {"sdpMid": mid}
                 candidates.append({"candidate": f"candidate:{value}", **section})
             case "a=end-of-candidates":
