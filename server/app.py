@@ -32,6 +32,7 @@ from server.roles import Role
 from server.session import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.signalling import Signalling
+from server.tls import tls_context
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,12 @@ def _profile(settings: EngineSettings) -> ServingProfile:
 async def running_server(settings: ServerSettings, engine: Engine) -> AsyncIterator[tuple[SessionContext, int]]:
     """A listening server over an engine it starts and closes; yields its context and port.
 
-    Raises: OSError when a port is taken, FileNotFoundError for an unknown model, ValueError for a host that is not
-        loopback without tokens.
+    Raises: OSError when a port is taken or the TLS files cannot be used, FileNotFoundError for an unknown model,
+        ValueError for a host that is not loopback without tokens.
     """
     if not settings.is_loopback and not settings.tokens.by_role():
         raise ValueError(f"host {settings.host} is reached from elsewhere and no token is set")
+    tls = tls_context(settings.tls_cert, settings.tls_key)
     local = settings.engine_kind == "local"
     styles = load_styles(settings.engine.model_dir) if local else []
     most_steps = steps_max(settings.engine) if local else MAX_STEPS
@@ -103,7 +105,7 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
         await runner.setup()
         await admin.setup()
         try:
-            site = GuardedSite(runner, settings.host, settings.port, signalling.guard.connections)
+            site = GuardedSite(runner, settings.host, settings.port, signalling.guard.connections, tls=tls)
             await site.start()
             port: int = runner.addresses[0][1]
             admin_port = settings.admin_port
@@ -131,7 +133,8 @@ async def serve(settings: ServerSettings) -> int:
     engine = make_engine(settings)
     try:
         async with running_server(settings, engine) as (_, port):
-            print(f"Livebrush is at http://{settings.host}:{port}  (Ctrl-C stops it)", flush=True)
+            scheme = "https" if settings.tls_cert else "http"
+            print(f"Livebrush is at {scheme}://{settings.host}:{port}  (Ctrl-C stops it)", flush=True)
             await stop.wait()
             print("Stopping.", flush=True)
     except OSError as error:
@@ -147,11 +150,12 @@ def _with_tokens(settings: ServerSettings) -> ServerSettings:
     """The settings, with tokens made and printed once where the server is reached from elsewhere and has none."""
     if settings.is_loopback:
         return settings
-    print(
-        "This is plain HTTP: browsers give no camera to it, and tokens can be read on the way. Put an HTTPS proxy"
-        " before it (docs/security.md).",
-        file=sys.stderr,
-    )
+    if settings.tls_cert is None:
+        print(
+            "This is plain HTTP: browsers give no camera to it, and tokens can be read on the way. Set"
+            " --tls-cert and --tls-key, or put an HTTPS proxy before it (docs/deploy.md).",
+            file=sys.stderr,
+        )
     if settings.tokens.by_role():
         return settings
     made = {str(role): new_token() for role in Role}

@@ -47,6 +47,8 @@ def serve(options: argparse.Namespace) -> int:
         (("host",), "--host", options.host),
         (("port",), "--port", options.port),
         (("admin_port",), "--admin-port", options.admin_port),
+        (("tls_cert",), "--tls-cert", options.tls_cert),
+        (("tls_key",), "--tls-key", options.tls_key),
         (("media", "udp_ports"), "--udp-ports", options.udp_ports),
         (("media", "turn_urls"), "--turn-url", options.turn_url),
         (("media", "turn_secret"), "--turn-secret", options.turn_secret),
@@ -216,6 +218,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1); any other needs tokens")
     parser.add_argument("--port", type=int, help="TCP port of the page, 0 for any free one (default: 8080)")
     parser.add_argument("--admin-port", type=int, help="TCP port of /metrics, on loopback (default: the one after)")
+    parser.add_argument("--tls-cert", metavar="FILE.pem", help="serve HTTPS with this certificate, and --tls-key")
+    parser.add_argument("--tls-key", metavar="FILE.pem", help="its key, without a passphrase")
     parser.add_argument("--udp-ports", metavar="LOW-HIGH", help="media only in this range (default: any port)")
     parser.add_argument("--turn-url", action="append", metavar="URL", help="a relay for clients, turn:HOST:PORT")
     parser.add_argument(

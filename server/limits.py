@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import ssl
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from aiohttp import web
 
 from server.control import TokenBucket
 from server.errors import TooManyRequests
+from server.tls import HANDSHAKE_TIMEOUT_S
 
 MAX_CLIENTS = 4096
 OFFERS_PER_S, OFFERS_BURST = 2.0, 30
@@ -264,8 +266,16 @@ class _Connection(asyncio.Protocol):
 class GuardedSite(web.TCPSite):
     """A listener whose connections are counted and bounded."""
 
-    def __init__(self, runner: web.AppRunner, host: str, port: int, connections: Connections) -> None:
-        super().__init__(runner, host, port)
+    def __init__(
+        self,
+        runner: web.AppRunner,
+        host: str,
+        port: int,
+        connections: Connections,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(runner, host, port, ssl_context=tls)
         self._address = (host, port)
         self._connections = connections
 
@@ -275,4 +285,10 @@ class GuardedSite(web.TCPSite):
         server = self._runner.server
         assert server is not None
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connections.guarded(server), *self._address, backlog=128)
+        self._server = await loop.create_server(
+            self._connections.guarded(server),
+            *self._address,
+            backlog=128,
+            ssl=self._ssl_context,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._ssl_context else None,
+        )

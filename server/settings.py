@@ -140,6 +140,8 @@ class ServerSettings(BaseModel):
         le=65535,
         description="TCP port of /metrics, on loopback alone; default: the one after `port`, free if that is 0",
     )
+    tls_cert: Path | None = Field(default=None, description="PEM file of a certificate: HTTPS, with tls_key")
+    tls_key: Path | None = Field(default=None, description="PEM file of its key, without a passphrase")
     tokens: TokenSettings = Field(
         default=TokenSettings(),
         description="bearer tokens; a server that is not on loopback makes some and prints them where none is set",
@@ -200,6 +202,8 @@ class ServerSettings(BaseModel):
                 f"reserved_seats {self.reserved_seats}: each must be 0 or more, and all together at most max_sessions"
                 f" {self.max_sessions}"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: set both, or none")
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy)
