@@ -64,7 +64,7 @@ async def run_again(
 
     Args:
         out: a Matroska file for the pictures, without loss.
-        tell: told in words what may make a difference, and how the engine's start goes on.
+        tell: told in words what may make a difference, and what is being done.
 
     Raises: RecordError for a folder that is no record, another model than then, or an out that cannot be had;
         EngineError, if the engine does not start.
@@ -75,7 +75,8 @@ async def run_again(
         _check_out(out, force)
     engine = _engine_of(record.header)
     try:
-        await start_engine(engine, lambda status: tell(f"engine {status.state} {status.percent} %"))
+        tell(f"starting {record.header.engine.model}")
+        await start_engine(engine)
         read: set[tuple[WeightedPrompt, ...]] = set()
         for params in map(record.params_of, [0, *record.revisions]):
             if params.prompts not in read:

@@ -266,7 +266,8 @@ async def test_a_killed_process_leaves_files_that_play(tmp_path: Path) -> None:
         await made.recording("POST", ["output", "session"])
         recording = made.session.recording
         assert recording is not None
-        (path,) = [found async for found in _appearing(tmp_path, "output.mp4")]
+        await until(lambda: list(tmp_path.rglob("output.mp4")), "the file")
+        (path,) = tmp_path.rglob("output.mp4")
         await until(lambda: path.stat().st_size > 4000 and recording.counters["pictures_written"] > 30, "fragments")
         children = psutil.Process().children()
         (process,) = [child for child in children if "server.recording_process" in child.cmdline()]
@@ -277,12 +278,6 @@ async def test_a_killed_process_leaves_files_that_play(tmp_path: Path) -> None:
         assert len(decoded(path)) >= 12
         assert (await run_again(path.parent)).exact
         assert (await made.recording("POST", ["output"]))["recording"]
-
-
-async def _appearing(folder: Path, name: str) -> AsyncIterator[Path]:
-    found: list[Path] = []
-    await until(lambda: found.extend(folder.rglob(name)) or found, name)
-    yield found[0]
 
 
 async def test_stills(tmp_path: Path) -> None:
