@@ -11,7 +11,16 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "livebrush-tiny"
@@ -95,6 +104,20 @@ class MotionConfig(_Frozen):
     monotonic: bool = Field(
         default=True, description="keep the steps falling where motion lowers the first (the public code does not)"
     )
+
+
+class SteadyConfig(_Frozen):
+    """How far decoded pictures are steadied, see `engine.steady`. Levels are differences of pixels of 255."""
+
+    trusted_levels: tuple[NonNegativeFloat, PositiveFloat] = Field(
+        default=(6.0, 16.0), description="camera's difference to its moved last frame: trusted in full, not at all"
+    )
+    alike_levels: tuple[NonNegativeFloat, PositiveFloat] = Field(
+        default=(30.0, 80.0), description="new picture's difference to the carried one: averaged in full, not at all"
+    )
+    damped_levels: NonNegativeFloat = Field(default=5.0, description="smaller changes than this are damped besides")
+    seam_levels: NonNegativeFloat = Field(default=15.0, description="the same from chunk to chunk")
+    damped_in_motion: float = Field(default=0.3, ge=0, le=1, description="part of both where the camera sees motion")
 
 
 class SamplingConfig(_Frozen):

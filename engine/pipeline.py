@@ -26,6 +26,7 @@ from engine.lanes import Lanes
 from engine.noise_control import MotionState, next_level, remember
 from engine.prompts import PromptState
 from engine.session import FixedNoise, FreshNoise, Item, NoiseSource, SessionState
+from engine.steady import Watcher, steady
 from engine.wan.grade import apply, scaled
 from engine.wan.transformer import PromptContext
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
@@ -101,6 +102,8 @@ class Pipeline:
         self.max_steps = 4 if self.sampling.timesteps is None else len(self.sampling.timesteps)
         self._rows_per_stream = self.max_steps if mode == "batch" else 1
         self._latent = (transformer.latent_channels, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+        self._steady = model.config.steady
+        self._carried = {style.id: style.carried for style in model.styles.styles}
         self._starts_alone = model.config.serving.first_chunk_frames > 1
         pool = pool_type(
             transformer,
@@ -208,7 +211,7 @@ class Pipeline:
         lost = [item.chunk for item in state.in_flight]
         state.in_flight.clear()
         state.encoder, state.decoder, state.motion = VAEState(), VAEState(), MotionState()
-        state.shown = None
+        state.shown, state.watcher, state.steadied = None, Watcher(), None
         return lost
 
     # --- chunks
@@ -288,6 +291,10 @@ class Pipeline:
         if self.sampling.latents == "normalised":
             source = self.model.vae.normalise(source)
         camera = self._camera_figures(state, pixels_TCHW)
+        carried = self._share_carried(state)
+        motion = None
+        if self._steady is not None:
+            motion = state.watcher.watch(pixels_TCHW, self._steady, wanted=carried > 0)
         schedule = self._schedule(state, pixels_TCHW, source)
         together = self._runs_together(state, schedule.steps)
         rows = state.rows[: schedule.steps] if together else state.rows[:1] * schedule.steps
@@ -306,6 +313,8 @@ class Pipeline:
             camera=camera,
             grade=self._grade(state),
             understood=state.prompts.understood,
+            motion=motion,
+            carried=carried,
         )
         self._count(state, count)
         self._encoded += source.shape[1]
@@ -375,7 +384,7 @@ class Pipeline:
         grade = item.grade
         self._decoded += item.clean.shape[1]
         with self.lanes.decode(item.clean, item.camera, *(() if grade is None else (grade,))):
-            frames_TCHW = self.decode(item)
+            frames_TCHW = self._rest(item, self.decode(item))
             # Judged as the model made it: a night is no black picture.
             figures = self._figures(item, frames_TCHW)
             shown = frames_TCHW.clamp(-1, 1)
@@ -387,6 +396,23 @@ class Pipeline:
                 shown = functional.interpolate(shown.float(), (height, width), mode="bilinear")
             frames_THWC = shown.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures, item.understood)
+
+    def _rest(self, item: Item, frames_TCHW: Tensor) -> Tensor:
+        """A chunk's frames, steadied where the model asks for it; another prompt's picture begins anew."""
+        if self._steady is None:
+            return frames_TCHW
+        state, before = item.state, None
+        if state.steadied is not None and state.steadied[0] is item.prompt:
+            before = state.steadied[1]
+        first = -item.frames % FRAMES_PER_LATENT
+        frames_TCHW = steady(frames_TCHW, before, item.motion, item.carried, self._steady, first=first)
+        state.steadied = item.prompt, frames_TCHW[-1]
+        return frames_TCHW
+
+    def _share_carried(self, state: SessionState) -> float:
+        """How far a stream's pictures may be carried along: as far as every style in its prompts allows."""
+        styles = [style for understood in state.prompts.understood for style, share in understood.styles if share > 0]
+        return min((self._carried.get(style, 0.0) for style in styles), default=0.0) * state.params.strength
 
     def _grade(self, state: SessionState) -> Tensor | None:
         """What the prompts in force add to the picture, at the stream's strength, on the device; None: nothing."""

@@ -15,6 +15,7 @@ from engine.health import HealthMonitor
 from engine.kv_cache import CacheRow
 from engine.noise_control import MotionState
 from engine.prompts import PromptState
+from engine.steady import Motion, Watcher
 from engine.wan.transformer import PromptContext
 from engine.wan.vae import VAEState
 
@@ -61,7 +62,7 @@ class Item:
     source, clean: [1, T, C, H, W], the encoded chunk and what the last step made of it. rows: the cache row of each
     step. pipelined: whether its steps run beside those of other chunks. frames: camera frames of the chunk, as many are
     shown. slots: where the current row keeps the chunk. grade: what its prompt adds to the decoded picture, on the
-    device. understood: see `RenderedChunk`.
+    device. understood: see `RenderedChunk`. motion, carried: what its pictures are steadied by.
     """
 
     state: "SessionState"
@@ -78,6 +79,8 @@ class Item:
     camera: Tensor
     grade: Tensor | None = None
     understood: tuple[Understood, ...] = ()
+    motion: Motion | None = None
+    carried: float = 0.0
     look: Tensor | None = None
     sink: Tensor | None = None
     slots: Tensor | None = None
@@ -104,9 +107,10 @@ class SessionState:
 
     rows: its cache rows, one, or one a step. in_flight: chunks between their first and last step, oldest first.
     revision: of the parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made,
-    for telling a frozen picture. graded: the grade that the prompts ask for, the strength, and both together on the
-    device. history: of the last chunks, as many as the window has frames. primed: as many rows hold the stream,
-    ready for the steps of successive chunks together. pipelined: whether its steps shall run so, in mode `batch`.
+    for telling a frozen picture. watcher, steadied: the camera's motion; the last frame in full, which the next is
+    drawn towards, and its prompt. graded: the grade that the prompts ask for, the strength, and both together on the device. history:
+    of the last chunks, as many as the window has frames. primed: as many rows hold the stream, ready for the steps of
+    successive chunks together. pipelined: whether its steps shall run so, in mode `batch`.
     """
 
     params: StreamParams
@@ -122,6 +126,8 @@ class SessionState:
     in_flight: deque[Item] = field(default_factory=deque)
     camera: Tensor | None = None
     shown: Tensor | None = None
+    watcher: Watcher = field(default_factory=Watcher)
+    steadied: tuple[PromptContext, Tensor] | None = None
     graded: tuple[Tensor, float, Tensor] | None = None
     revision: int = 0
     pending_revision: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ServingProfile
+from engine.config import ServingProfile, SteadyConfig
 from engine.training.budget import load_checkpoint
 from engine.training.card import model_card
 from engine.training.phrases import STYLES
@@ -24,8 +24,20 @@ from engine.wan.weights import ModelConfig, save_model
 MODEL_NAME = "livebrush-tiny"
 # What the seed changes cannot be seen: one noise sample lasts a stream, and all of the picture comes from the camera.
 SERVING = ServingProfile(seed=False, sizes=((256, 256), (384, 224), (224, 384), (320, 320), (192, 192)))
-# Of 255: what a camera's noise does to a styled picture lies below, what a person does above.
-STEADY_LEVELS, SEAM_LEVELS = 5.0, 15.0
+# Shares of a picture that may be carried along with the camera's motion. Styles with a pattern fixed to the frame
+# (screens, tiles, strokes, paper) have none, or little where the pattern is faint.
+CARRIED = {
+    "comic": 0.8,
+    "neon": 0.8,
+    "ukiyo": 0.85,
+    "thermal": 0.85,
+    "popart": 0.85,
+    "vintage": 0.8,
+    "marble": 0.75,
+    "watercolor": 0.5,
+    "clay": 0.65,
+    "blueprint": 0.5,
+}
 MODEL_FOLDER = Path(__file__).parent.parent / "models" / MODEL_NAME
 
 
@@ -40,7 +52,6 @@ def export(work: Path, folder: Path) -> ModelConfig:
     Raises: FileNotFoundError naming the stage that has not been trained.
     """
     transformer, vae = trained_parts(work, last_stage(work))
-    vae.config = vae.config.model_copy(update={"steady_levels": STEADY_LEVELS, "seam_levels": SEAM_LEVELS})
     return save_model(
         folder,
         name=MODEL_NAME,
@@ -48,6 +59,7 @@ def export(work: Path, folder: Path) -> ModelConfig:
         vae=vae,
         text=build_text_table(work),
         styles=[_listed(style) for style in STYLES],
+        steady=SteadyConfig(),
         serving=SERVING,
         card=model_card(read_evaluation(work), training_minutes(work), read_notes(work)),
     )
@@ -59,6 +71,7 @@ def _listed(style: TrainingStyle) -> Style:
         name=style.name,
         prompt=style.prompt,
         phrases=style.phrases[1:],
+        carried=CARRIED.get(style.id, 0.0),
         thumbnail=f"/styles/{style.id}.jpg",
     )
 

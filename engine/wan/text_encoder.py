@@ -232,6 +232,9 @@ class Style(BaseModel):
     name: str = Field(min_length=1, description="for people")
     prompt: str = Field(description="the phrase that a tile sends")
     phrases: tuple[str, ...] = Field(default=(), description="other ways to ask for it")
+    carried: float = Field(
+        default=0.0, ge=0, lt=1, description="how far its pictures move along with the camera, see `engine.steady`"
+    )
     thumbnail: str = Field(default="", description="path of its picture on the page, such as /styles/neon.jpg")
 
 

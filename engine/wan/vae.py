@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,10 +49,6 @@ class TinyVAEConfig(BaseModel):
     pixel_channels: PositiveInt = Field(default=16, description="decoder width at a quarter size")
     frame_channels: PositiveInt = Field(default=32, description="decoder width per frame at an eighth")
     chunk_channels: PositiveInt = Field(default=48, description="decoder width per chunk at an eighth")
-    steady_levels: NonNegativeFloat = Field(
-        default=0.0, description="changes from frame to frame below this many levels of 255 are damped; 0: none"
-    )
-    seam_levels: NonNegativeFloat = Field(default=0.0, description="the same from chunk to chunk")
 
 
 def space_from_channels(x_BCHW: Tensor, factor: int) -> Tensor:
@@ -67,31 +63,6 @@ def channels_from_space(x_BCHW: Tensor, factor: int) -> Tensor:
     batch, channels, height, width = x_BCHW.shape
     x = x_BCHW.reshape(batch, channels, height // factor, factor, width // factor, factor).permute(0, 1, 3, 5, 2, 4)
     return x.reshape(batch, channels * factor**2, height // factor, width // factor)
-
-
-def steadied(frames_BTCHW: Tensor, before_BCHW: Tensor | None, within: float, between: float) -> Tensor:
-    """Frames whose small changes are damped: each moves from the one before by d^3 / (d^2 + threshold^2) for d.
-
-    A tenth of a small flicker stays, a change of three thresholds loses a tenth, and what lasts arrives in the end:
-    the recursive noise reduction of video cameras. Chunks are made one by one, so what changes by little at their
-    borders is more often an error than motion: there the threshold is another.
-
-    Args:
-        frames_BTCHW: whole chunks, from the first frame of one on.
-        before_BCHW: the last frame that was returned; None at the start of a stream.
-        within, between: thresholds in the frames' own scale, inside a chunk and from one to the next; above 0 where
-            there is something to damp.
-    """
-    out = []
-    for number, frame in enumerate(frames_BTCHW.unbind(1)):
-        threshold = within if number % FRAMES_PER_LATENT else between
-        if before_BCHW is not None and threshold:
-            change = frame - before_BCHW
-            square = change.square()
-            frame = before_BCHW + change * (square / (square + threshold**2))
-        before_BCHW = frame
-        out.append(frame)
-    return torch.stack(out, dim=1)
 
 
 class Residual(nn.Module):
@@ -190,11 +161,7 @@ class TinyVAE(nn.Module):
         detail = space_from_channels(self.decode_out(self.decode_frame(x)), 4)
         frames = detail + self._linear(raw).view_as(detail)
         frames = frames.view(batch, -1, *frames.shape[1:])
-        within, between = self.config.steady_levels / 127.5, self.config.seam_levels / 127.5
-        if not within and not between:
-            return frames, VAEState((last,))
-        frames = steadied(frames, state.memory[1] if state.memory else None, within, between)
-        return frames, VAEState((last, frames[:, -1].clone()))
+        return frames, VAEState((last,))
 
     def linear_picture(self, latent_BTCHW: Tensor) -> Tensor:
         """What the projection alone makes of latents: frames as from `decode`, without its detail, for a tenth."""

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.api import EngineError
-from engine.config import WAN_SAMPLING, WAN_SERVING, CacheConfig, LoraFile, SamplingConfig, ServingProfile
+from engine.config import WAN_SAMPLING, WAN_SERVING, CacheConfig, LoraFile, SamplingConfig, ServingProfile, SteadyConfig
 from engine.text_service import TEXT_ENCODER_DIR, TextService
 from engine.wan.checkpoints import (
     FileRecord,
@@ -103,6 +103,7 @@ class ModelConfig(BaseModel):
     text: Literal["table", "umt5"] = Field(default="table", description="how a prompt becomes states")
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="how chunks are noised and denoised")
     cache: CacheConfig = Field(default=CacheConfig(), description="positions and sinks of the KV cache")
+    steady: SteadyConfig | None = Field(default=None, description="how far pictures are steadied; None: not at all")
     serving: ServingProfile = Field(default=ServingProfile(), description="rate, sizes and steps it is good at")
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of model.safetensors, where it is all")
     files: dict[str, FileRecord] = Field(default={}, description="the weights files else, by path in the folder")
@@ -369,6 +370,7 @@ def save_model(
     card: str,
     sampling: SamplingConfig | None = None,
     serving: ServingProfile | None = None,
+    steady: SteadyConfig | None = None,
 ) -> ModelConfig:
     """Write the folder of a model in one file; config.json last, so that an interrupted save does not load.
 
@@ -393,6 +395,7 @@ def save_model(
         vae=vae.config,
         sampling=sampling or SamplingConfig(),
         serving=serving or ServingProfile(),
+        steady=steady,
         sha256=file_record(folder / WEIGHTS_FILE).sha256,
     )
     _write_config(folder, config)
