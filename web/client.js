@@ -4,6 +4,7 @@ import { authorizedFetch } from "./access.js";
 import { bindKeys } from "./keys.js";
 import { Livebrush } from "./livebrush.js";
 import { MidiPanel } from "./midi.js";
+import { RecordControl } from "./record.js";
 import { ScenePanel } from "./scenes.js";
 import { Ui } from "./ui.js";
 
@@ -61,6 +62,7 @@ async function main() {
   session.overSocket ||= overSocket;
   window.livebrush = live;
   steerByHand(ui, new ScenePanel(document.getElementById("scenes"), live));
+  new RecordControl(document.getElementById("record-field"), live);
   // Back from the browser's cache the page begins anew: its connection did not survive.
   addEventListener("pagehide", () => session.stop({ leaving: true }));
   ui.showReadiness();

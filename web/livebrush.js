@@ -89,6 +89,19 @@ export class Livebrush {
     return this.#request("scene", { go: where });
   }
 
+  /**
+   * Begins a recording on the server's disk; how it goes comes as notices with the code "recording".
+   * @param {("input" | "output" | "session")[]} what
+   */
+  record(what = ["output"]) {
+    return this.#request("record", { on: true, what });
+  }
+
+  /** Ends the recording. */
+  stopRecording() {
+    return this.#request("record", { on: false });
+  }
+
   /** The figures of picture, delay and deadlines. */
   stats(options) {
     return this.session.stats(options);
