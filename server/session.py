@@ -284,6 +284,8 @@ class Session:
         if self.leg > 0 and self.scenes.list is not None:
             self._tell_params("The scene list goes on.", "scene")
         self._tell_rung()
+        if self.recording is not None and self.recording.ready:
+            self._on_recording(self.recording, "Recording goes on.")
 
     async def _sum_up(self, peer: Link, reason: str) -> None:
         """One line of figures in the log, and the same to a page that is still there."""
