@@ -41,8 +41,10 @@ from server.roles import Role
 from server.session import Session, SessionContext
 from server.session_record import SessionRecord, Submitted, TapedStream, header_of, why_not_exact
 from server.session_replay import run_again
-from server.settings import RecordingSettings, ServerSettings
+from server.settings import MediaSettings, RecordingSettings, ServerSettings
 from server.stills import answer_still, wanted_format
+from tests.server.test_resume import fall_silent
+from tests.server.test_server import Visitor
 
 PATIENCE_S = 30.0
 SIZE = 64
@@ -95,6 +97,11 @@ class House:
     def session(self) -> Session:
         (found,) = (one for one in gc.get_objects() if isinstance(one, Session) and one.id == self.live.answer.session)
         return found
+
+    @property
+    def told(self) -> str:
+        """What the page was told last of its recording."""
+        return str(next(one["message"] for one in reversed(self.notices) if one["code"] == "recording"))
 
     def metric(self, name: str, **labels: str) -> float:
         return self._context.metrics.registry.get_sample_value(name, labels) or 0.0
@@ -203,6 +210,41 @@ async def test_the_channel_records_too_and_the_file_ends_with_the_session(tmp_pa
     assert len(decoded(path)) == recording.counters["pictures_written"]
 
 
+async def test_a_recording_goes_on_over_another_connection(tmp_path: Path) -> None:
+    settings = ServerSettings(
+        port=0,
+        engine_kind="fake",
+        engine=EngineSettings(width=SIZE, height=SIZE, max_streams=1),
+        max_sessions=1,
+        media=MediaSettings(vanish_timeout_s=1.0),
+        recordings=RecordingSettings(dir=tmp_path, min_free_bytes=0),
+    )
+    async with running_server(settings, FakeEngine(SIZE, SIZE, delay_s=0.01, max_streams=1)) as (_, port):
+        lost, back = (Visitor(f"http://127.0.0.1:{port}") for _ in range(2))
+        try:
+            answer = await (await lost.enter(params={"prompt": "neon"})).json()
+            await lost.until(lambda: lost.pictures, "the first picture")
+            await lost.ask(type="record", id=1, on=True, what=["output", "session"])
+            await lost.until(lambda: told(lost), "the notice")
+            fall_silent(lost)
+            await back.enter(resume={"token": answer["resume"]}, params={"prompt": "neon"})
+            await back.until(lambda: told(back), "the notice after the return")
+            assert "goes on" in told(back)[0]["message"] and told(back)[0]["name"] == told(lost)[0]["name"]
+            await back.until(lambda: len(back.pictures) > 12, "pictures after the return")
+            await back.ask(type="record", id=1, on=False, what=["output"])
+            await back.until(lambda: not told(back)[-1]["recording"], "the end")
+            assert (told(back)[-1]["end"], told(back)[-1].get("tape_ended")) == ("stopped", None)
+        finally:
+            for visitor in (lost, back):
+                await visitor.leave()
+    (path,) = tmp_path.rglob("output.mp4")
+    assert len(decoded(path)) > 12 and (await run_again(path.parent)).exact
+
+
+def told(visitor: Visitor) -> list[dict[str, Any]]:
+    return [one for one in visitor.messages if one.get("code") == "recording"]
+
+
 async def test_nothing_is_recorded_unless_the_operator_says_where(tmp_path: Path) -> None:
     async with house(None) as made:
         assert (await made.api.call("GET", "/api/v1/version"))["recordings"] is False
@@ -232,7 +274,7 @@ async def test_a_quota_ends_the_recording_and_no_new_one_begins(tmp_path: Path) 
         ended = await made.recording()
         assert ended["end"] == "quota" and ended["bytes"] >= 60_000
         await lives_on(made)
-        assert "room" in made.notices[-1]["message"]
+        assert "room" in made.told
         with pytest.raises(Refused) as full:
             await made.recording("POST", ["output"])
         assert (full.value.status, full.value.code) == (507, "recordings_full")
@@ -246,7 +288,7 @@ async def test_a_full_disk_ends_the_recording_and_not_the_picture(small_disk: Pa
         ended = await made.recording()
         assert ended["end"] == "disk_full"
         await lives_on(made)
-        assert "disk is full" in made.notices[-1]["message"]
+        assert "disk is full" in made.told
         # What was written before can be read.
         inside = small_disk / str(ended["name"])
         assert decoded(inside / "output.mp4")
