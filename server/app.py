@@ -68,10 +68,10 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
     """A listening server over an engine it starts and closes; yields its context and port.
 
     Raises: OSError when a port is taken or the TLS files cannot be used, FileNotFoundError for an unknown model,
-        ValueError for a host that is not loopback without tokens.
+        ValueError for a server that is reached from elsewhere, without tokens.
     """
-    if not settings.is_loopback and not settings.tokens.by_role():
-        raise ValueError(f"host {settings.host} is reached from elsewhere and no token is set")
+    if not settings.is_private and not settings.tokens.by_role():
+        raise ValueError(f"host {settings.host}, or a proxy before it, is reached from elsewhere and no token is set")
     tls = tls_context(settings.tls_cert, settings.tls_key)
     local = settings.engine_kind == "local"
     styles = load_styles(settings.engine.model_dir) if local else []
@@ -148,9 +148,9 @@ async def serve(settings: ServerSettings) -> int:
 
 def _with_tokens(settings: ServerSettings) -> ServerSettings:
     """The settings, with tokens made and printed once where the server is reached from elsewhere and has none."""
-    if settings.is_loopback:
+    if settings.is_private:
         return settings
-    if settings.tls_cert is None:
+    if not settings.is_loopback and settings.tls_cert is None:
         print(
             "This is plain HTTP: browsers give no camera to it, and tokens can be read on the way. Set"
             " --tls-cert and --tls-key, or put an HTTPS proxy before it (docs/deploy.md).",

@@ -48,11 +48,11 @@ class MediaSettings(BaseModel):
         description="LOW-HIGH, say 40000-40100: media comes in there, one port a peer; empty: any port",
     )
     start_bitrate: PositiveInt = Field(default=1_500_000, description="bit/s, both ways, before any estimate")
-    min_bitrate: PositiveInt = Field(default=300_000, description="bit/s")
+    min_bitrate: PositiveInt = Field(default=150_000, description="bit/s")
     max_bitrate: PositiveInt = Field(default=4_000_000, description="bit/s")
     max_input_pixels: PositiveInt = Field(default=1920 * 1080, description="a camera frame over this ends the input")
     connect_timeout_s: PositiveFloat = Field(default=10.0, description="from the answer to ICE and DTLS done")
-    vanish_timeout_s: PositiveFloat = Field(default=12.0, description="no packet for this long: the peer is gone")
+    vanish_timeout_s: PositiveFloat = Field(default=14.0, description="no packet for this long: the peer is gone")
     hole_deadline_s: PositiveFloat = Field(default=0.15, description="a gap older than this is skipped, not waited for")
     audio: bool = Field(default=True, description="carry the microphone back in step with the picture")
 
@@ -212,8 +212,13 @@ class ServerSettings(BaseModel):
         return self
 
     @property
+    def is_private(self) -> bool:
+        """Whether nobody but this machine's users reaches the server: neither directly nor through a proxy."""
+        return self.is_loopback and not self.trusted_proxies
+
+    @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether only this machine can open a connection to the server."""
         if self.host == "localhost":
             return True
         try:

@@ -31,10 +31,13 @@ import aiohttp
 import yarl
 
 from tests.e2e.serving import Server
+from tests.interop.asking import ask
 from tests.interop.offers import obs_offer
 from tests.server.test_whip import Client, until
 
 MAX_GROWTH_MB = 64.0
+TOKEN = "a-token-of-the-drill"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
 ANSWER_TIMEOUT_S = 10.0
 CONNECTIONS = 8
 PICTURES = 10
@@ -118,7 +121,13 @@ class Unbounded(Server):
     """A server that takes as many offers as come, from whomever X-Forwarded-For names."""
 
     def __init__(self, log: Path) -> None:
-        super().__init__(log, engine="fake", patient=True, LIVEBRUSH_TRUSTED_PROXIES='["127.0.0.1"]')
+        super().__init__(
+            log,
+            engine="fake",
+            patient=True,
+            LIVEBRUSH_TRUSTED_PROXIES='["127.0.0.1"]',
+            LIVEBRUSH_TOKENS__PUBLISH=TOKEN,
+        )
         self._command[:1] = [sys.executable, "-c", WITHOUT_BOUND]
 
 
@@ -246,7 +255,9 @@ async def _send(
     data = None
     if method in ("POST", "PUT", "PATCH"):
         data = (mangled_json if content_type == JSON else mangled_sdp)(random_, offer)
-    headers = {"Content-Type": content_type, "X-Forwarded-For": client}
+    headers = {"Content-Type": content_type, "X-Forwarded-For": client, **BEARER}
+    if random_.random() < 0.01:
+        headers["Authorization"] = random_.choice(("", "Bearer", "Bearer \u00e4", "Basic x", "Bearer link.view..1.x"))
     if method in ("PATCH", "DELETE") and random_.random() < 0.3:
         headers["If-Match"] = random_.choice(("*", '"x"', "W/", "\u00e4"))
     what = f"{method} {path.partition('?')[0][:40]}"
@@ -270,6 +281,8 @@ async def _send(
 async def good_client(url: str, outcome: Outcome) -> None:
     """Publish, watch, and count the pictures."""
     publisher, player = Client(url, publishes=True), Client(url, publishes=False)
+    for client in (publisher, player):
+        client.http.headers.update(BEARER)
     try:
         if (response := await publisher.enter("/whip/good?prompt=neon")).status != 201:
             outcome.faults.append(f"a good client was refused: {response.status} {await response.text()}")
@@ -289,7 +302,7 @@ def drill(seconds: float, seed: int, folder: Path) -> Outcome:
     outcome = Outcome()
     with Unbounded(folder / "log") as server:
         asyncio.run(fuzz(server.url, seconds, seed, outcome, server.memory_mb))
-        outcome.sessions_left = server.capacity()["open"]
+        outcome.sessions_left = ask("GET", server.url + "/api/v1/capacity", headers=BEARER).json()["open"]
         asyncio.run(good_client(server.url, outcome))
     return outcome
 

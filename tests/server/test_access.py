@@ -200,6 +200,12 @@ def test_a_public_server_without_tokens_makes_some_and_prints_them_once(capsys: 
     assert _with_tokens(ServerSettings()).tokens.by_role() == {}
 
 
+def test_a_server_behind_a_proxy_is_reached_from_elsewhere_too(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = _with_tokens(ServerSettings(trusted_proxies=("127.0.0.1",)))
+    printed = capsys.readouterr()
+    assert len(settings.tokens.by_role()) == 3 and "plain HTTP" not in printed.err
+
+
 async def test_a_public_server_without_tokens_does_not_start() -> None:
     settings = ServerSettings(host="0.0.0.0", port=0, engine_kind="fake", engine=EngineSettings(width=64, height=64))
     with pytest.raises(ValueError, match="no token"):
@@ -479,11 +485,11 @@ async def test_a_flood_of_offers_is_answered_429_with_a_time_and_counted() -> No
 
 async def test_the_clients_of_a_trusted_proxy_are_told_apart_and_nobody_elses_word_counts() -> None:
     for proxies, apart in ((("127.0.0.1",), True), ((), False)):
-        async with house(trusted_proxies=proxies) as here:
+        async with house(trusted_proxies=proxies, tokens=TokenSettings(**TOKENS)) as here:
             statuses = []
             for number in range(OFFERS_BURST + 8):
                 headers = SDP | {"X-Forwarded-For": f"6.6.6.6, 10.0.0.{number}"}
-                statuses.append(await here.status("POST", "/whip/live", data="v=0", headers=headers))
+                statuses.append(await here.status("POST", "/whip/live", PUBLISH, data="v=0", headers=headers))
             assert (429 not in statuses) is apart
 
 
