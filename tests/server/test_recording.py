@@ -377,8 +377,7 @@ async def stalled(folder: Path, monkeypatch: pytest.MonkeyPatch, what: list[str]
     monkeypatch.setattr("server.recording._start_process", start)
     monkeypatch.setattr("server.recording.STOP_TIMEOUT_S", 0.5)
     async with Recordings(RecordingSettings(dir=folder, min_free_bytes=0)) as book:
-        recording = book.start(what, lambda recording, message: told.append(message))
-        told: list[str] = []
+        recording = book.start(what, lambda recording, message: None)
         await recording.begun
         yield recording
         recording.stop()
