@@ -55,6 +55,7 @@ class StreamParams(BaseModel):
     small: bool = Field(
         default=False, description="render at the engine's smaller size, scaled back: a rung of the ladder, no wish"
     )
+    light: bool = Field(default=False, description="encode and decode by the light VAE: a rung of the ladder, no wish")
 
     @property
     def prompts(self) -> tuple[WeightedPrompt, ...]:
@@ -135,7 +136,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class ChunkCostAt:
-    """Engine seconds of one chunk alone in a pass, at a number of steps and full or small size.
+    """Engine seconds of one chunk alone in a pass, at a number of steps, full or small size, with either VAE.
 
     mean_s: what it takes. upper_s: what it stays below nearly always (the cost model's upper quantile).
     """
@@ -144,6 +145,7 @@ class ChunkCostAt:
     small: bool
     mean_s: float
     upper_s: float
+    light: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,8 @@ class Capacity:
     chunk_cost_s: measured seconds of engine time for one chunk at the engine's size and steps (0 while
         unknown). max_streams: streams that have memory. open_streams: streams open now. chunk_frames: T.
         first_chunk_frames: T of a stream's first chunk. costs: the cost of a chunk by steps and size, from the cost
-        model; empty while unknown. Where it holds no small size, the engine has none. state_bytes: of one stream.
+        model; empty while unknown. Where it holds no small size or no light VAE to change to, the engine has none.
+        state_bytes: of one stream.
         groups: engines side by side, over which the streams are spread; a chunk takes the time of one of them.
     """
 
@@ -171,9 +174,15 @@ class Capacity:
         """Whether streams can be rendered at a smaller size."""
         return any(cost.small for cost in self.costs)
 
-    def mean_s(self, steps: int, *, small: bool = False) -> float:
+    @property
+    def has_light(self) -> bool:
+        """Whether streams can change to a lighter VAE and back."""
+        return any(cost.light for cost in self.costs)
+
+    def mean_s(self, steps: int, *, small: bool = False, light: bool = False) -> float:
         """Mean cost of a chunk at `steps`; the one number there is where the model has none for that."""
-        return next((c.mean_s for c in self.costs if (c.steps, c.small) == (steps, small)), self.chunk_cost_s)
+        wanted = (steps, small, light)
+        return next((c.mean_s for c in self.costs if (c.steps, c.small, c.light) == wanted), self.chunk_cost_s)
 
 
 @dataclass(slots=True)

@@ -201,7 +201,9 @@ class EngineSettings(BaseModel):
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     vae: Literal["auto", "full", "light"] = Field(
-        default="auto", description="Wan: its own VAE, or TAEHV; auto: light where the model folder has it"
+        default="auto",
+        description="Wan: its own VAE, or the light one (TAEHV); auto: where the model folder has both, its own and, "
+        "while that is too slow, the light one; the light one alone in a ring and where there is no memory for both",
     )
     mode: Literal["sequential", "batch"] = Field(
         default="sequential",

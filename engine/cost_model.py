@@ -6,7 +6,8 @@
 
 The seconds of a pass are a sum of its parts, each with a coefficient that is never negative: a constant, one for every
 forward of the transformer, and for each of the two sizes one a latent frame (encode and decode), one a row (a latent
-frame at one step) and one a cached latent frame that a row reads. They are fitted by least squares of the relative
+frame at one step), one a cached latent frame that a row reads, and one a latent frame by the light VAE. They are fitted
+by least squares of the relative
 error, recursively, each pass counting a little less than the next (`FORGETTING`). Passes seldom tell all coefficients
 apart, so these are held in proportion to a prior: what has not been seen lately is taken to have become slower by as
 much as what has. Hence one pass is enough for a sane figure of any other, and a machine that slows down under one
@@ -53,6 +54,8 @@ FIRST_FACTOR = 1.25
 # Seconds of a small model on one CPU core; only their proportions matter once a pass has been seen.
 PRIOR_S = (1e-3, 2e-3, 10e-3, 10e-3, 0.5e-3)
 SMALL_SHARE = 0.5625
+# Of a latent frame by the full VAE what the light one takes, before it has been seen.
+LIGHT_SHARE = 0.2
 FLOOR = 0.01
 
 
@@ -61,7 +64,8 @@ class Work:
     """What one pass is made of.
 
     latents: latent frames encoded and decoded. forwards: calls of the transformer. rows: latent frames through it, each
-    step counted. context: cached latent frames read, over all rows. small: at the smaller size.
+    step counted. context: cached latent frames read, over all rows. small: at the smaller size. light: by the
+    light VAE.
     """
 
     latents: int
@@ -69,11 +73,12 @@ class Work:
     rows: int
     context: int = 0
     small: bool = False
+    light: bool = False
 
     @classmethod
-    def of_chunk(cls, steps: int, *, window: int = 0, small: bool = False) -> Self:
+    def of_chunk(cls, steps: int, *, window: int = 0, small: bool = False, light: bool = False) -> Self:
         """One chunk of one latent frame alone in its pass. window: latent frames in its cache."""
-        return cls(1, steps, steps, steps * window, small)
+        return cls(1, steps, steps, steps * window, small, light)
 
 
 class Costs(Protocol):
@@ -89,28 +94,39 @@ class Costs(Protocol):
 
 
 def _terms(work: Work) -> tuple[float, ...]:
-    scaled = (float(work.latents), float(work.rows), float(work.context))
+    latents = float(work.latents)
+    scaled = (0.0 if work.light else latents, float(work.rows), float(work.context))
     none = (0.0, 0.0, 0.0)
-    return 1.0, float(work.forwards), *(none if work.small else scaled), *(scaled if work.small else none)
+    light = (latents * (work.light and not work.small), latents * (work.light and work.small))
+    return 1.0, float(work.forwards), *(none if work.small else scaled), *(scaled if work.small else none), *light
 
 
 class CostModel:
     """Coefficients of a pass's parts and the spread around them. Deterministic."""
 
-    def __init__(self, prior_s: Sequence[float] = PRIOR_S, *, small_share: float = SMALL_SHARE) -> None:
+    def __init__(
+        self,
+        prior_s: Sequence[float] = PRIOR_S,
+        *,
+        small_share: float = SMALL_SHARE,
+        light_share: float = LIGHT_SHARE,
+    ) -> None:
         """Start from a prior, of which the first pass seen will set the scale.
 
         Args:
             prior_s: seconds of a pass, of a forward, and of a latent frame, a row and a cached frame at full size.
             small_share: what the last three take at the small size, as a share.
+            light_share: what a latent frame takes by the light VAE, as a share.
 
         Raises: ValueError for a prior that is not five positive numbers or a share that is not positive.
         """
         if len(prior_s) != len(PRIOR_S) or min(prior_s) <= 0 or not math.isfinite(sum(prior_s)):
             raise ValueError(f"prior_s {tuple(prior_s)} must be {len(PRIOR_S)} positive numbers of seconds")
-        if not 0 < small_share < math.inf:
-            raise ValueError(f"small_share {small_share} must be above 0")
-        prior = (*prior_s, *(small_share * each for each in prior_s[2:]))
+        for name, share in (("small_share", small_share), ("light_share", light_share)):
+            if not 0 < share < math.inf:
+                raise ValueError(f"{name} {share} must be above 0")
+        light_s = light_share * prior_s[2]
+        prior = (*prior_s, *(small_share * each for each in prior_s[2:]), light_s, small_share * light_s)
         self._prior = np.array(prior)
         self._coefficients: tuple[float, ...] = tuple(map(float, prior))
         self._moments = np.zeros((len(prior), len(prior)))
@@ -122,7 +138,8 @@ class CostModel:
 
     @property
     def coefficients_s(self) -> tuple[float, ...]:
-        """Seconds of a pass, a forward, and a latent frame, row and cached frame at full and at small size."""
+        """Seconds of a pass, a forward, a latent frame, row and cached frame at full and at small size, and of a latent
+        frame by the light VAE at both."""
         return self._coefficients
 
     @property
@@ -132,9 +149,11 @@ class CostModel:
 
     def mean_s(self, work: Work) -> float:
         """See `Costs.mean_s`."""
-        constant, forward, latent, row, cached, *small = self._coefficients
+        constant, forward, latent, row, cached, *small, light, small_light = self._coefficients
         if work.small:
             latent, row, cached = small
+        if work.light:
+            latent = small_light if work.small else light
         return constant + forward * work.forwards + latent * work.latents + row * work.rows + cached * work.context
 
     def upper_s(self, work: Work) -> float:
@@ -265,18 +284,28 @@ class CostModel:
 
 
 def chunk_costs(
-    costs: Costs, steps: Iterable[int], *, window: int = 0, has_small: bool = False
+    costs: Costs, steps: Iterable[int], *, window: int = 0, has_small: bool = False, has_light: bool = False
 ) -> tuple[ChunkCostAt, ...]:
-    """The cost of a chunk alone in its pass at each number of steps and size: what `Capacity.costs` holds.
+    """The cost of a chunk alone in its pass at each number of steps, size and VAE: what `Capacity.costs` holds.
 
     Args:
         window: latent frames in a stream's cache.
         has_small: whether there is a smaller size.
+        has_light: whether there is a light VAE beside the full one.
     """
+    numbers = tuple(steps)
     sizes = (False, True) if has_small else (False,)
-    works = [(each, Work.of_chunk(each, window=window, small=small)) for small in sizes for each in steps]
+    vaes = (False, True) if has_light else (False,)
+    works = [
+        (each, Work.of_chunk(each, window=window, small=small, light=light))
+        for light in vaes
+        for small in sizes
+        for each in numbers
+    ]
     return tuple(
-        ChunkCostAt(steps=each, small=work.small, mean_s=costs.mean_s(work), upper_s=costs.upper_s(work))
+        ChunkCostAt(
+            steps=each, small=work.small, mean_s=costs.mean_s(work), upper_s=costs.upper_s(work), light=work.light
+        )
         for each, work in works
     )
 

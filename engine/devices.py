@@ -250,7 +250,7 @@ def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
         known = sorted(
             (int(cost["steps"]), _seconds(cost, "mean"), _seconds(cost, "upper"))
             for cost in profile["costs"]
-            if not cost.get("small", False)
+            if not cost.get("small", False) and not cost.get("light", False)
         )
         if not known or not all(steps >= 1 and 0 < mean_s <= upper_s for steps, mean_s, upper_s in known):
             raise ValueError("steps must be 1 or more, and 0 < mean_s <= upper_s")

@@ -111,7 +111,8 @@ class FakeEngine:
 
     delay_s: how long a chunk of one step takes at full size; may be changed while it runs, which the capacity follows
         as chunks are rendered. More steps multiply 0.7 of it. small_share: what the small size takes of that; 0: there
-        is none. load_s: how long `start` takes to become ready.
+        is none. light_share: what the light VAE takes of the rest; 0: there is none. load_s: how long `start`
+        takes to become ready.
     first_chunk_frames: of a stream's first chunk. held_chunks: a chunk comes back when this many newer ones have been
         taken up, as in mode `batch` with one step more.
     understands: what a prompt is taken for, by its text; nothing else is told of.
@@ -130,9 +131,10 @@ class FakeEngine:
         first_chunk_frames: int = 1,
         held_chunks: int = 0,
         small_share: float = 0.56,
+        light_share: float = 0.0,
     ) -> None:
         self.delay_s = delay_s
-        self.small_share = small_share
+        self.small_share, self.light_share = small_share, light_share
         self.load_s = load_s
         self.max_streams = max_streams
         self.first_chunk_frames = first_chunk_frames
@@ -145,7 +147,11 @@ class FakeEngine:
         self._readiness = Readiness()
         ends_s = max(ENDS_SHARE * delay_s, NOTHING_S)
         step_s = max((1 - ENDS_SHARE) * delay_s, NOTHING_S)
-        self._costs = CostModel((NOTHING_S, NOTHING_S, ends_s, step_s, NOTHING_S), small_share=small_share or 1.0)
+        self._costs = CostModel(
+            (NOTHING_S, NOTHING_S, ends_s, step_s, NOTHING_S),
+            small_share=small_share or 1.0,
+            light_share=light_share or 1.0,
+        )
         self._scheduler = Scheduler(self._costs)
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -158,9 +164,8 @@ class FakeEngine:
     @property
     def capacity(self) -> Capacity:
         """See `Engine.capacity`."""
-        costs = (
-            chunk_costs(self._costs, range(1, MAX_STEPS + 1), has_small=self.small_share > 0) if self.delay_s else ()
-        )
+        steps, has_small, has_light = range(1, MAX_STEPS + 1), self.small_share > 0, self.light_share > 0
+        costs = chunk_costs(self._costs, steps, has_small=has_small, has_light=has_light) if self.delay_s else ()
         return Capacity(
             chunk_cost_s=costs[0].mean_s if costs else 0.0,
             max_streams=self.max_streams,
@@ -202,7 +207,7 @@ class FakeEngine:
         if number is None:
             raise EngineFull(f"all {self.max_streams} streams are open: close one or raise max_streams")
         stream = self.streams[number] = FakeStream(self, number, params)
-        self._scheduler.open(number, steps=params.steps, small=self._is_small(params))
+        self._scheduler.open(number, steps=params.steps, small=self._is_small(params), light=self._is_light(params))
         try:
             yield stream
         finally:
@@ -224,10 +229,13 @@ class FakeEngine:
 
     def change(self, number: int, params: StreamParams) -> None:
         """Take note of what a stream's next chunk will be rendered with."""
-        self._scheduler.change(number, steps=params.steps, small=self._is_small(params))
+        self._scheduler.change(number, steps=params.steps, small=self._is_small(params), light=self._is_light(params))
 
     def _is_small(self, params: StreamParams) -> bool:
         return params.small and self.small_share > 0
+
+    def _is_light(self, params: StreamParams) -> bool:
+        return params.light and self.light_share > 0
 
     async def _run(self) -> None:
         for percent in range(0, 100, LOAD_PERCENT if self.load_s else 100):
@@ -253,11 +261,12 @@ class FakeEngine:
         frames = chunk.frames if self.fault else tint(chunk.frames, stream.params)
         stream.held.append((chunk, frames, stream.revision, started, self.fault))
         params = stream.params
-        small = self._is_small(params)
-        seconds = self.delay_s * (ENDS_SHARE + (1 - ENDS_SHARE) * params.steps) * (self.small_share if small else 1.0)
+        small, light = self._is_small(params), self._is_light(params)
+        ends = ENDS_SHARE * (self.light_share if light else 1.0)
+        seconds = self.delay_s * (ends + (1 - ENDS_SHARE) * params.steps) * (self.small_share if small else 1.0)
         await asyncio.sleep(seconds)
         # The time meant, not the time slept: what else this process does is no cost of the engine.
-        self._costs.observe(Work.of_chunk(params.steps, small=small), seconds)
+        self._costs.observe(Work.of_chunk(params.steps, small=small, light=light), seconds)
         while len(stream.held) > self.held_chunks:
             self._hand_back(stream, *stream.held.popleft())
 

@@ -53,7 +53,7 @@ class Demand:
     """What is asked of a model.
 
     rows: KV rows of one stream: 1 in sequential mode, as many as steps in batch mode. text_here: the text encoder
-    lives on the same device.
+    lives on the same device. vae: which are loaded; both: the full one, to whose size its state is held, and the light.
     """
 
     width: int
@@ -61,7 +61,7 @@ class Demand:
     streams: int = 1
     rows: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    vae: Literal["full", "light"] = "full"
+    vae: Literal["full", "light", "both"] = "full"
     micro_batch: int = 1
     fp8: bool = False
     text_here: bool = False
@@ -69,7 +69,7 @@ class Demand:
     def __str__(self) -> str:
         return (
             f"{self.width}x{self.height}, {self.streams} stream{'s' * (self.streams != 1)}, {self.rows} KV "
-            f"row{'s' * (self.rows != 1)} each, {self.vae} VAE, {self.dtype}"
+            f"row{'s' * (self.rows != 1)} each, {self.vae} VAE{'s' * (self.vae == 'both')}, {self.dtype}"
         )
 
 
@@ -147,6 +147,8 @@ def _parts(shape: ModelShape, demand: Demand) -> Iterator[MemoryPart]:
         yield MemoryPart("light VAE", taehv_parameters(light) * item, "model")
     elif shape.vae is not None:
         yield MemoryPart("VAE", wan_vae_parameters(shape.vae) * item, "model")
+        if demand.vae == "both" and shape.light_vae is not None:
+            yield MemoryPart("light VAE", taehv_parameters(shape.light_vae) * item, "model")
     else:
         yield MemoryPart("other weights", shape.other_bytes, "model")
     if demand.text_here:

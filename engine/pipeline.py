@@ -30,7 +30,7 @@ from engine.steady import Watcher, steady
 from engine.wan.grade import apply, scaled
 from engine.wan.transformer import PromptContext
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
-from engine.wan.weights import Model
+from engine.wan.weights import VAE, Model
 
 Mode = Literal["sequential", "batch"]
 # The last are two chunks as one.
@@ -117,7 +117,7 @@ class Pipeline:
         self.pool = pool
         self.batch = StreamBatch(model.transformer, pool, compile_pass=compile_pass)
         self.lanes = lanes or Lanes(model.device)
-        self._encoded = self._decoded = self._forwards = self._rows = self._context = 0
+        self._encoded = self._decoded = self._light = self._forwards = self._rows = self._context = 0
 
     @property
     def scaled(self) -> bool:
@@ -128,11 +128,12 @@ class Pipeline:
     def work(self) -> Work | None:
         """What the last `tick` consisted of; None where it went out of its usual way, so that its time tells nothing.
 
-        That is when chunks went in or out without the other: as a batch of steps fills, is emptied or waits for text.
+        That is when chunks went in or out without the other: as a batch of steps fills, is emptied or waits for text;
+        and when chunks of both VAEs went together.
         """
-        if not self._encoded or self._encoded != self._decoded:
+        if not self._encoded or self._encoded != self._decoded or self._light not in (0, self._encoded + self._decoded):
             return None
-        return Work(self._encoded, self._forwards, self._rows, self._context, self.scaled)
+        return Work(self._encoded, self._forwards, self._rows, self._context, self.scaled, self._light > 0)
 
     # --- streams
 
@@ -252,7 +253,7 @@ class Pipeline:
         """
         results: list[Rendered] = []
         items = []
-        self._encoded = self._decoded = self._forwards = self._rows = self._context = 0
+        self._encoded = self._decoded = self._light = self._forwards = self._rows = self._context = 0
         for state, frames_THWC in jobs:
             results += [self._finish(item) for item in self.advance_prompts(state)]
             if state.prompts.context is None:
@@ -284,19 +285,25 @@ class Pipeline:
         context = state.prompts.context
         assert context is not None  # `tick` has seen to it
         count = pixels_TCHW.shape[0]
+        vae = self._vae(state.params)
+        changes = state.encoding is not vae and state.encoding is not None
+        if state.encoding is not vae:
+            # The cache goes on: both VAEs make the same latents. Only their memories are of their own kind.
+            state.encoding, state.encoder = vae, VAEState()
         first = 1 if self._starts_alone and not state.encoder.memory else 0
         missing = (first - count) % FRAMES_PER_LATENT
         whole = pixels_TCHW if not missing else torch.cat((pixels_TCHW[:1].expand(missing, -1, -1, -1), pixels_TCHW))
-        source, state.encoder = self.model.vae.encode(whole[None].to(self.model.dtype), state.encoder)
+        source, state.encoder = vae.encode(whole[None].to(self.model.dtype), state.encoder)
         if self.sampling.latents == "normalised":
-            source = self.model.vae.normalise(source)
+            source = vae.normalise(source)
         camera = self._camera_figures(state, pixels_TCHW)
         carried = self._share_carried(state)
         motion = None
         if self._steady is not None:
             motion = state.watcher.watch(pixels_TCHW, self._steady, wanted=carried > 0)
         schedule = self._schedule(state, pixels_TCHW, source)
-        together = self._runs_together(state, schedule.steps)
+        # The first chunk by another VAE is of two latent frames, as a stream's first is, and goes alone as that does.
+        together = self._runs_together(state, schedule.steps) and not changes
         rows = state.rows[: schedule.steps] if together else state.rows[:1] * schedule.steps
         item = Item(
             state=state,
@@ -315,9 +322,11 @@ class Pipeline:
             understood=state.prompts.understood,
             motion=motion,
             carried=carried,
+            vae=vae,
         )
         self._count(state, count)
         self._encoded += source.shape[1]
+        self._light += source.shape[1] * (vae is self.model.light_vae)
         return item
 
     def denoise(self, items: Sequence[Item]) -> list[Item]:
@@ -364,10 +373,13 @@ class Pipeline:
 
     def decode(self, item: Item) -> Tensor:
         """Frames [T, 3, H, W] of a chunk that is done, about [-1, 1], not clamped."""
-        latent = item.clean
+        latent, state = item.clean, item.state
+        vae = self.model.vae if item.vae is None else item.vae
         if not item.schedule.steps and self.sampling.latents == "raw":
-            latent = self.model.vae.normalise(latent)
-        decoded_BTCHW, item.state.decoder = self.model.vae.decode(latent, item.state.decoder)
+            latent = vae.normalise(latent)
+        if state.decoding is not vae:
+            state.decoding, state.decoder = vae, VAEState()
+        decoded_BTCHW, state.decoder = vae.decode(latent, state.decoder)
         return decoded_BTCHW[0, -item.frames :]
 
     # --- parts
@@ -383,6 +395,7 @@ class Pipeline:
     def _finish(self, item: Item) -> Rendered:
         grade = item.grade
         self._decoded += item.clean.shape[1]
+        self._light += item.clean.shape[1] * (item.vae is self.model.light_vae)
         with self.lanes.decode(item.clean, item.camera, *(() if grade is None else (grade,))):
             frames_TCHW = self._rest(item, self.decode(item))
             # Judged as the model made it: a night is no black picture.
@@ -427,6 +440,11 @@ class Pipeline:
     def _count(self, state: SessionState, frames: int) -> None:
         state.chunks += 1
         state.frames += frames
+
+    def _vae(self, params: StreamParams) -> VAE:
+        """The VAE that the next chunk of a stream goes through."""
+        light = self.model.light_vae
+        return light if params.light and light is not None else self.model.vae
 
     def _runs_together(self, state: SessionState, steps: int) -> bool:
         """Whether a chunk joins those in flight: batch mode, and rows that are ready for as many steps."""

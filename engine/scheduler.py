@@ -86,6 +86,7 @@ class _Stream:
     number: int
     steps: int
     small: bool
+    light: bool = False
     waiting: deque[Item] = field(default_factory=deque)
     served_s: float = 0.0
     period_s: float = 0.0
@@ -159,15 +160,15 @@ class Scheduler:
             if stream.period_s
         )
 
-    def open(self, stream: int, *, steps: int = 1, small: bool = False) -> None:
+    def open(self, stream: int, *, steps: int = 1, small: bool = False, light: bool = False) -> None:
         """Take chunks of this stream from now on. steps: 0 where the model's transformer is not run at all."""
-        self._streams[stream] = _Stream(stream, steps, small)
+        self._streams[stream] = _Stream(stream, steps, small, light)
 
-    def change(self, stream: int, *, steps: int, small: bool) -> None:
+    def change(self, stream: int, *, steps: int, small: bool, light: bool = False) -> None:
         """What the stream's chunks are rendered with from the next one on. A closed stream is no matter."""
         if known := self._streams.get(stream):
             known.pipelined = known.pipelined and known.steps == steps
-            known.steps, known.small = steps, small
+            known.steps, known.small, known.light = steps, small, light
 
     def close(self, stream: int) -> None:
         """Forget the stream and whatever waits in it."""
@@ -209,7 +210,7 @@ class Scheduler:
 
     def _offers(self, now: float, busy: Collection[int], drops: list[Drop]) -> list[_Offer]:
         """The chunk that each stream would have rendered, by deadline; late ones before it are dropped."""
-        known: dict[tuple[int, bool, bool], tuple[float, float]] = {}
+        known: dict[tuple[int, bool, bool, bool], tuple[float, float]] = {}
         offers = []
         loaded = self._pipeline and self.load > LOADED
         for stream in self._streams.values():
@@ -218,7 +219,7 @@ class Scheduler:
                 continue
             if self._pipeline:
                 self._choose_mode(stream, now, loaded)
-            key = stream.steps, stream.small, stream.pipelined
+            key = stream.steps, stream.small, stream.light, stream.pipelined
             if key not in known:
                 work = self._alone(stream)
                 known[key] = self._costs.mean_s(work), self._costs.upper_s(work)
@@ -235,7 +236,7 @@ class Scheduler:
         if steps < 2:
             stream.pipelined = False
             return
-        together, alone = self._chunk_work(steps, stream.small, True), self._chunk_work(steps, stream.small, False)
+        together, alone = self._chunk_work(stream, True), self._chunk_work(stream, False)
         if self._costs.mean_s(together) > self._costs.mean_s(alone):
             stream.pipelined = False
             return
@@ -308,7 +309,7 @@ class Scheduler:
             if len(members) >= self._micro_batch:
                 break
             # One that is late anyway waits: the sooner the pass ends, the more of those that come are in time.
-            if offer.stream.small != ranked[0].stream.small or now + offer.mean_s > offer.due:
+            if not _alike(offer.stream, ranked[0].stream) or now + offer.mean_s > offer.due:
                 continue
             grown = [*members, _Member(offer)]
             together = _work(grown, self._window)
@@ -358,10 +359,17 @@ class Scheduler:
             member.offer.stream.served_s += share * weight
 
     def _alone(self, stream: _Stream) -> Work:
-        return self._chunk_work(stream.steps, stream.small, stream.pipelined)
+        return self._chunk_work(stream, stream.pipelined)
 
-    def _chunk_work(self, steps: int, small: bool, pipelined: bool) -> Work:
-        return Work(1, min(steps, 1) if pipelined else steps, steps, steps * self._window, small)
+    def _chunk_work(self, stream: _Stream, pipelined: bool) -> Work:
+        steps = stream.steps
+        forwards = min(steps, 1) if pipelined else steps
+        return Work(1, forwards, steps, steps * self._window, stream.small, stream.light)
+
+
+def _alike(one: _Stream, other: _Stream) -> bool:
+    """Whether chunks of the two can share a pass: of one size and by one VAE."""
+    return (one.small, one.light) == (other.small, other.light)
 
 
 def _fairest(offers: list[_Offer]) -> list[_Offer]:
@@ -391,4 +399,5 @@ def _work(members: Sequence[_Member], window: int) -> Work:
         latents += length
         rows += stream.steps * length
         forwards[key] = max(forwards.get(key, 0), min(stream.steps, 1) if stream.pipelined else stream.steps)
-    return Work(latents, sum(forwards.values()), rows, rows * window, members[0].offer.stream.small)
+    first = members[0].offer.stream
+    return Work(latents, sum(forwards.values()), rows, rows * window, first.small, first.light)

@@ -17,7 +17,7 @@ from engine.noise_control import MotionState
 from engine.prompts import PromptState
 from engine.steady import Motion, Watcher
 from engine.wan.transformer import PromptContext
-from engine.wan.vae import VAEState
+from engine.wan.vae import StreamVAE, VAEState
 
 
 class NoiseSource(Protocol):
@@ -62,7 +62,8 @@ class Item:
     source, clean: [1, T, C, H, W], the encoded chunk and what the last step made of it. rows: the cache row of each
     step. pipelined: whether its steps run beside those of other chunks. frames: camera frames of the chunk, as many are
     shown. slots: where the current row keeps the chunk. grade: what its prompt adds to the decoded picture, on the
-    device. understood: see `RenderedChunk`. motion, carried: what its pictures are steadied by.
+    device. understood: see `RenderedChunk`. motion, carried: what its pictures are steadied by. vae: that
+    it was encoded with and will be decoded with; None for the model's.
     """
 
     state: "SessionState"
@@ -81,6 +82,7 @@ class Item:
     understood: tuple[Understood, ...] = ()
     motion: Motion | None = None
     carried: float = 0.0
+    vae: StreamVAE | None = None
     look: Tensor | None = None
     sink: Tensor | None = None
     slots: Tensor | None = None
@@ -106,10 +108,11 @@ class SessionState:
     """What a stream carries from chunk to chunk, and the parameters in force.
 
     rows: its cache rows, one, or one a step. in_flight: chunks between their first and last step, oldest first.
-    revision: of the parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made,
-    for telling a frozen picture. watcher, steadied: the camera's motion; the last frame in full, which the next is
-    drawn towards, and its prompt. graded: the grade that the prompts ask for, the strength, and both together on the device. history:
-    of the last chunks, as many as the window has frames. primed: as many rows hold the stream, ready for the steps of
+    encoding, decoding: the VAE whose memory `encoder` and `decoder` are, None before the first chunk. revision: of the
+    parameters that shape the next chunk. chunks, frames: taken in so far. shown: the last frame made, for telling a
+    frozen picture. watcher, steadied: the camera's motion; the last frame in full, which the next is drawn towards, and
+    its prompt. graded: the grade that the prompts ask for, the strength, and both together on the device. history: of
+    the last chunks, as many as the window has frames. primed: as many rows hold the stream, ready for the steps of
     successive chunks together. pipelined: whether its steps shall run so, in mode `batch`.
     """
 
@@ -121,6 +124,8 @@ class SessionState:
     history: deque[PassInput]
     encoder: VAEState = field(default_factory=VAEState)
     decoder: VAEState = field(default_factory=VAEState)
+    encoding: StreamVAE | None = None
+    decoding: StreamVAE | None = None
     motion: MotionState = field(default_factory=MotionState)
     health: HealthMonitor = field(default_factory=HealthMonitor)
     in_flight: deque[Item] = field(default_factory=deque)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -27,7 +28,7 @@ from engine.cost_model import CostModel, Work, chunk_costs
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
-from engine.memory import Demand, MemoryPlan, check, needed, shape_of
+from engine.memory import Demand, MemoryPlan, ModelShape, check, needed, shape_of
 from engine.messages import (
     Close,
     Closed,
@@ -47,7 +48,7 @@ from engine.messages import (
 from engine.pipeline import Pipeline
 from engine.scheduler import Drop, Item, Picked, Scheduler
 from engine.session import SessionState
-from engine.wan.weights import Model, load_model
+from engine.wan.weights import Model, WhichVAE, load_model
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class Worker:
             settings.model_dir,
             device,
             dtype,
-            vae=settings.vae,
+            vae=which_vae(settings, plan),
             loras=settings.loras,
             fp8=settings.fp8,
             text_device=settings.text_device,
@@ -245,6 +246,14 @@ class Worker:
                 for _ in range(max(PROFILE_PASSES, steps + 2)):
                     if settings.compile or time.monotonic() < until:
                         chunk(which, states)
+            if which.model.light_vae is not None:
+                self._tell(EngineState.WARMING, percent, "measuring the light VAE")
+                which.set_params(states[0], params.model_copy(update={"light": True}))
+                for _ in range(PROFILE_PASSES):
+                    chunk(which, states)
+                which.set_params(states[0], params)
+                # Back to the full one, whose first chunk is longer than the others.
+                chunk(which, states)
             which.set_params(states[0], params)
             for count in range(2, settings.micro_batch + 1):
                 self._tell(EngineState.WARMING, percent, f"measuring {count} streams in a pass")
@@ -310,7 +319,8 @@ class Worker:
     def _plan(self, number: int, params: StreamParams) -> None:
         """Tell the scheduler what the stream's next chunk will be made with."""
         small = params.small and self._small is not None
-        self._scheduler.change(number, steps=params.steps if params.strength > 0 else 0, small=small)
+        light = params.light and self._pipeline.model.light_vae is not None
+        self._scheduler.change(number, steps=params.steps if params.strength > 0 else 0, small=small, light=light)
 
     def _forget(self, number: int) -> None:
         self._scheduler.close(number)
@@ -420,7 +430,11 @@ class Worker:
             return
         steps, window = self._settings.profile.steps, self._pipeline.pool.window
         costs = chunk_costs(
-            self._costs, range(1, self._pipeline.max_steps + 1), window=window, has_small=self._small is not None
+            self._costs,
+            range(1, self._pipeline.max_steps + 1),
+            window=window,
+            has_small=self._small is not None,
+            has_light=self._pipeline.model.light_vae is not None,
         )
         if all(
             abs(new.mean_s - old.mean_s) <= COST_MOVE * old.mean_s
@@ -505,13 +519,30 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
     except ValueError as error:
         raise EngineError(str(error)) from error
     light = settings.vae == "light" or (settings.vae == "auto" and shape.light_vae is not None)
+    if light and settings.vae == "auto":
+        both = _plan(settings, dtype, shape, "both")
+        if both.total_bytes <= available:
+            return both
+    plan = _plan(settings, dtype, shape, "light" if light else "full")
+    check(plan, available)
+    return plan
+
+
+def which_vae(settings: EngineSettings, plan: MemoryPlan) -> WhichVAE:
+    """What `load_model` is asked for: both VAEs where `auto` found room for both."""
+    return "both" if plan.demand.vae == "both" else settings.vae
+
+
+def _plan(
+    settings: EngineSettings, dtype: torch.dtype, shape: ModelShape, vae: Literal["full", "light", "both"]
+) -> MemoryPlan:
     demand = Demand(
         settings.width,
         settings.height,
         streams=pool_streams(settings),
         rows=MAX_STEPS if settings.mode == "batch" else 1,
         dtype="bfloat16" if dtype is torch.bfloat16 else "float32",
-        vae="light" if light else "full",
+        vae=vae,
         micro_batch=settings.micro_batch * settings.chunk_latents,
         fp8=settings.fp8,
         text_here=settings.text_device == settings.device,
@@ -521,7 +552,6 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
         small = needed(shape, replace(demand, width=size[0], height=size[1]))
         parts = tuple(replace(part, name=f"{part.name}, small") for part in small.parts if part.kind == "stream")
         plan = replace(plan, parts=(*plan.parts, *parts))
-    check(plan, available)
     return plan
 
 

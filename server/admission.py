@@ -27,7 +27,7 @@ def seats(capacity: Capacity, settings: ServerSettings) -> int:
     """How many sessions this server takes at the measured costs and with the memory there is. At least one."""
     most = min(settings.max_sessions, capacity.max_streams)
     # The least that anyone may be given decides, and that has one step.
-    ladder = rungs(settings, steps_max=1, has_small=capacity.has_small)
+    ladder = rungs(settings, steps_max=1, has_small=capacity.has_small, has_light=capacity.has_light)
 
     def can_all_stand(sessions: int) -> bool:
         return Demand(capacity, (1,) * sessions, settings).first_good(ladder, PROMISE_LOAD) is not None

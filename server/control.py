@@ -179,7 +179,7 @@ def transition_chunks(transition_s: float, fps: float, chunk_frames: int) -> int
 
 def shown_params(params: StreamParams, transition_s: float) -> dict[str, object]:
     """The parameters as the page knows and wishes them; what the ladder leaves of them is told beside."""
-    shown = params.model_dump(exclude={"transition_chunks", "small"})
+    shown = params.model_dump(exclude={"transition_chunks", "small", "light"})
     return shown | {"blend": [prompt.model_dump() for prompt in params.blend], "transition_s": transition_s}
 
 

@@ -78,12 +78,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A chunk at a number of steps and full or small size: milliseconds in the mean, and nearly never above."""
+    """A chunk at a number of steps, full or small size, with either VAE: ms in the mean, and nearly never above."""
 
     steps: int
     small: bool
     mean_ms: float
     upper_ms: float
+    light: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +392,7 @@ async def _measure(engine: Engine, settings: ServerSettings) -> Measured:
         capacity = Capacity(cost_s, settings.engine.max_streams, 0, CHUNK_FRAMES)
     alone = Ladder(settings, capacity, steps_max=settings.steps, wish=settings.steps, now=0.0).rung
     costs = tuple(
-        Cost(cost.steps, cost.small, round(cost.mean_s * 1e3, 1), round(cost.upper_s * 1e3, 1))
+        Cost(cost.steps, cost.small, round(cost.mean_s * 1e3, 1), round(cost.upper_s * 1e3, 1), cost.light)
         for cost in capacity.costs
     )
     return Measured(
@@ -437,16 +438,17 @@ async def _chunk_costs(engine: Engine, settings: ServerSettings) -> list[float]:
 
 
 def check_costs(measured: Measured) -> Iterator[Finding]:
-    """What the cost model says of a chunk by steps and size, and what a session keeps in memory."""
-    for small in (False, True):
+    """What the cost model says of a chunk by steps, VAE and size, and what a session keeps in memory."""
+    for light, small in ((False, False), (False, True), (True, False), (True, True)):
         told = [
             f"{cost.steps} step{'s' if cost.steps > 1 else ''} {cost.mean_ms:.0f} ({cost.upper_ms:.0f})"
             for cost in measured.costs
-            if cost.small is small
+            if (cost.light, cost.small) == (light, small)
         ]
         if told:
             size = "smaller size, ms" if small else "full size, ms in the mean (nearly always below)"
-            yield Finding("chunk cost", Level.OK, f"{size}: {', '.join(told)}")
+            vae = "light VAE, " if light else ""
+            yield Finding("chunk cost", Level.OK, f"{vae}{size}: {', '.join(told)}")
     if measured.state_bytes:
         yield Finding("state", Level.OK, f"{_size(measured.state_bytes)} a session")
 

@@ -3,7 +3,8 @@
 The engine's time is one thing that all sessions share, so there is one ladder a server: all sessions stand on the same
 rung, each with its own wished steps below it. Its rungs, from the wish down:
 
-    the wish -> fewer steps -> the smaller size, where there is one -> evenly fewer frames -> the camera
+    the wish -> fewer steps -> the light VAE -> the smaller size, where there are these -> evenly fewer frames
+        -> the camera
 
 It is a pure policy: `decide` is given the instant, the engine's measured costs and the frames that were missed since
 the last call, and answers with a move or with none. n sessions at f frames a second need n * f / T * cost of each
@@ -59,12 +60,13 @@ REAL_GAIN = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """What a session may have at most. camera: no restyling at all, the plain camera is shown."""
+    """What a session may have at most. light: by the light VAE. camera: no restyling, the plain camera is shown."""
 
     steps: int
     small: bool
     fps: float
     camera: bool = False
+    light: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +92,17 @@ class Signals:
     missed: int = 0
 
 
-def rungs(settings: ServerSettings, *, steps_max: int, has_small: bool) -> list[Rung]:
+def rungs(settings: ServerSettings, *, steps_max: int, has_small: bool, has_light: bool = False) -> list[Rung]:
     """The ladder, from the wish (any number of steps up to `steps_max`) down to the camera."""
     full_fps = settings.max_fps
     ladder = [Rung(steps, small=False, fps=full_fps) for steps in range(steps_max, 0, -1)]
+    if has_light:
+        ladder.append(Rung(1, small=False, fps=full_fps, light=True))
     if has_small:
-        ladder.append(Rung(1, small=True, fps=full_fps))
+        ladder.append(Rung(1, small=True, fps=full_fps, light=has_light))
     fewer_fps = [fps for fps in RATES_FPS if settings.min_fps <= fps < full_fps]
-    ladder += [Rung(1, has_small, fps) for fps in fewer_fps]
-    return [*ladder, Rung(1, has_small, full_fps, camera=True)]
+    ladder += [Rung(1, has_small, fps, light=has_light) for fps in fewer_fps]
+    return [*ladder, Rung(1, has_small, full_fps, camera=True, light=has_light)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,9 @@ class Demand:
 
     def chunks_s(self, rung: Rung) -> float:
         """Seconds of the engine for one chunk of every session; of several groups, of the fullest."""
-        costs = (self.capacity.mean_s(min(wish, rung.steps), small=rung.small) for wish in self.wishes)
+        costs = (
+            self.capacity.mean_s(min(wish, rung.steps), small=rung.small, light=rung.light) for wish in self.wishes
+        )
         share = math.ceil(len(self.wishes) / self.capacity.groups) / max(1, len(self.wishes))
         return 0.0 if rung.camera else share * sum(costs)
 
@@ -151,7 +157,7 @@ class Demand:
 
     def leaves(self, rung: Rung) -> tuple[object, ...]:
         """What the rung leaves of the wishes: equal for rungs that only deny steps that nobody wishes."""
-        return tuple(min(wish, rung.steps) for wish in self.wishes), rung.small, rung.fps, rung.camera
+        return tuple(min(wish, rung.steps) for wish in self.wishes), rung.small, rung.light, rung.fps, rung.camera
 
     def in_words(self, rung: Rung) -> str:
         """What the rung needs and what there is, the end of a sentence."""
@@ -232,12 +238,16 @@ class Ladder:
         return None
 
     def _rungs(self, capacity: Capacity) -> list[Rung]:
-        return rungs(self._settings, steps_max=self._steps_max, has_small=capacity.has_small)
+        return rungs(
+            self._settings, steps_max=self._steps_max, has_small=capacity.has_small, has_light=capacity.has_light
+        )
 
     def _find(self, ladder: list[Rung], demand: Demand) -> int:
-        """Where we stand: the engine may have got or lost its smaller size, and who wished many steps may have left."""
+        """Where we stand: the engine may have got or lost its smaller size or its light VAE, and who wished many steps
+        may have left."""
         if self._rung not in ladder:
-            self._rung = replace(self._rung, small=demand.capacity.has_small)
+            capacity = demand.capacity
+            self._rung = replace(self._rung, steps=1, small=capacity.has_small, light=capacity.has_light)
         at = ladder.index(self._rung)
         while at > 0 and demand.leaves(ladder[at - 1]) == demand.leaves(self._rung):
             at -= 1

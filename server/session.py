@@ -764,7 +764,7 @@ class Session:
             # A starved machine delivers fewer camera frames too.
             return "cpu" if self._context.metrics.cpu_share > BUSY_SHARE else "camera"
         given = self._in_force()
-        is_lowered = self.rung.camera or self.rung.small or given["steps"] != self.params.steps
+        is_lowered = self.rung.camera or self.rung.small or self.rung.light or given["steps"] != self.params.steps
         is_slowed = self.fps < self._context.settings.max_fps or self.metrics.engine_missed > 0.01 * self.metrics.due
         if is_lowered or is_slowed:
             return "gpu" if self._context.settings.engine.device.startswith("cuda") else "cpu"
@@ -817,12 +817,18 @@ class Session:
     def _engine_params(self) -> StreamParams:
         """What the rung leaves of the wish."""
         steps = min(self.params.steps, self.rung.steps)
-        return self.params.model_copy(update={"steps": steps, "small": self.rung.small})
+        return self.params.model_copy(update={"steps": steps, "small": self.rung.small, "light": self.rung.light})
 
     def _in_force(self) -> dict[str, object]:
         """What the user has now, beside what was wished."""
         params = self._engine_params()
-        return {"steps": params.steps, "small": params.small, "fps": self.fps, "camera": self.rung.camera}
+        return {
+            "steps": params.steps,
+            "small": params.small,
+            "light": params.light,
+            "fps": self.fps,
+            "camera": self.rung.camera,
+        }
 
     def _leave_engine(self) -> None:
         """Show the camera from the next frame on: what is on its way through the engine is given up."""
@@ -839,15 +845,15 @@ class Session:
 
 
 def rung_name(rung: Rung) -> str:
-    """A rung as a label, say "2 steps, small, 12 fps"."""
-    size = "small" if rung.small else "full"
+    """A rung as a label, say "1 step, light VAE, small, 12 fps"."""
+    size = ("light VAE, " if rung.light else "") + ("small" if rung.small else "full")
     steps = "1 step" if rung.steps == 1 else f"{rung.steps} steps"
     return "camera" if rung.camera else f"{steps}, {size}, {rung.fps:g} fps"
 
 
-def _height(rung: Rung) -> tuple[bool, float, bool, int]:
+def _height(rung: Rung) -> tuple[bool, float, bool, bool, int]:
     """Orders rungs: what the ladder gives up last weighs most."""
-    return (not rung.camera, rung.fps, not rung.small, rung.steps)
+    return (not rung.camera, rung.fps, not rung.small, not rung.light, rung.steps)
 
 
 def _rung_words(before: Mapping[str, object], after: Mapping[str, object], reason: str) -> str:
@@ -859,6 +865,8 @@ def _rung_words(before: Mapping[str, object], after: Mapping[str, object], reaso
     if not after["camera"]:
         if "steps" in changed:
             words.append(f"painted in {after['steps']} instead of {before['steps']} steps")
+        if "light" in changed:
+            words.append("details drawn more coarsely" if after["light"] else "details drawn in full")
         if "small" in changed:
             words.append("painted smaller" if after["small"] else "painted at full size")
         if "fps" in changed:

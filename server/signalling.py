@@ -155,6 +155,7 @@ class Signalling:
             {
                 "steps": cost.steps,
                 "small": cost.small,
+                "light": cost.light,
                 "mean_ms": round(cost.mean_s * 1000, 1),
                 "upper_ms": round(cost.upper_s * 1000, 1),
             }

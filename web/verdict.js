@@ -29,10 +29,11 @@ export function verdictTone(stats) {
   return slow || stats.on_time < 0.95 || stats.server?.rung?.camera ? "bad" : "good";
 }
 
-/** " (camera only)" or " (smaller picture)": what a lower rung shows; fewer steps and frames show in figures of their own. */
+/** " (camera only)", " (smaller picture)" or " (coarser details)": what a lower rung shows; fewer steps and frames show in figures of their own. */
 function lowered(server) {
   if (server?.rung?.camera) return " (camera only)";
-  return server?.rung?.small ? " (smaller picture)" : "";
+  if (server?.rung?.small) return " (smaller picture)";
+  return server?.rung?.light ? " (coarser details)" : "";
 }
 
 function percent(share) {

@@ -73,6 +73,7 @@ CONFIG_FILE, WEIGHTS_FILE, STYLES_FILE, CARD_FILE = "config.json", "model.safete
 TRANSFORMER_FILE, VAE_FILE, LIGHT_VAE_FILE = "transformer.safetensors", "vae.safetensors", "taehv.safetensors"
 T = TypeVar("T")
 VAE = TinyVAE | WanVAE | TAEHV
+WhichVAE = Literal["auto", "full", "light", "both"]
 Progress = Callable[[float, str], None]
 _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # One file to be written: what it will hold, and where each tensor comes from.
@@ -126,7 +127,8 @@ class ModelConfig(BaseModel):
 class Model:
     """Everything that is shared between streams, on one device; weights only, no stream state.
 
-    Close `text` when done: it may be a process.
+    light_vae: the one that streams can change to and back, where both were loaded. Close `text` when done: it may be a
+    process.
     """
 
     config: ModelConfig
@@ -136,6 +138,7 @@ class Model:
     styles: StyleIndex
     device: torch.device
     dtype: torch.dtype
+    light_vae: TAEHV | None = None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -148,7 +151,7 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     *,
-    vae: Literal["auto", "full", "light"] = "auto",
+    vae: WhichVAE = "auto",
     loras: Sequence[LoraFile] = (),
     fp8: bool = False,
     text_device: str = "cpu",
@@ -157,7 +160,8 @@ def load_model(
     """Read and check a model folder.
 
     Args:
-        vae: of Wan: its own, or the light one; auto: light where the folder has it.
+        vae: of Wan: its own, or the light one; auto: light where the folder has it; both: its own, and the light one
+            beside it.
         loras: merged into the transformer's weights.
         fp8: turn the linear layers of the blocks to float8, see `quantise`.
         text_device: where Wan's text encoder goes; its process is started here and loads on its own.
@@ -173,19 +177,21 @@ def load_model(
         _check_float8(target.device)
     table: StaticTextEncoder | None = None
     autoencoder: VAE
+    light: TAEHV | None = None
     if isinstance(config.vae, WanVAEConfig):
-        transformer, autoencoder = _load_wan(folder, config, target, vae, loras)
+        transformer, autoencoder, light = _load_wan(folder, config, target, vae, loras)
     elif loras:
         raise EngineError(f"LoRA files are for Wan transformers; {config.name} is none: leave loras out")
     else:
         transformer, autoencoder, table = _load_single(folder, config, config.vae, target, styles)
-    for module in (transformer, autoencoder):
+    for module in (transformer, autoencoder, *(() if light is None else (light,))):
         module.to(target.device).eval().requires_grad_(False)
     if fp8:
         target.progress(1.0, "quantising to float8")
         quantise(transformer)
     text = table or TextService(folder, config.transformer.text_len, config.transformer.text_dim, device=text_device)
-    return Model(config, transformer, autoencoder, text, StyleIndex(table, styles), target.device, dtype)
+    index = StyleIndex(table, styles)
+    return Model(config, transformer, autoencoder, text, index, target.device, dtype, light)
 
 
 @dataclass(frozen=True)
@@ -224,11 +230,11 @@ def _load_wan(
     folder: Path,
     config: ModelConfig,
     target: _Target,
-    which: Literal["auto", "full", "light"],
+    which: WhichVAE,
     loras: Sequence[LoraFile],
-) -> tuple[CausalTransformer, VAE]:
+) -> tuple[CausalTransformer, VAE, TAEHV | None]:
     light = which == "light" or (which == "auto" and config.light_vae is not None)
-    if light and config.light_vae is None:
+    if (light or which == "both") and config.light_vae is None:
         raise WeightsError(
             f"{folder} has no {LIGHT_VAE_FILE}: choose vae full, or add it by `livebrush models convert`"
         )
@@ -240,6 +246,12 @@ def _load_wan(
     ]
     for file, module, _ in files:
         check_shapes(_shapes(module.state_dict()), file.shapes(), f"{file.path}")
+    second = None
+    if which == "both":
+        assert config.light_vae is not None
+        with torch.device("meta"):
+            second = TAEHV(config.light_vae)
+        files.append((_open(folder, LIGHT_VAE_FILE, config), second, None))
     total = sum(file.path.stat().st_size for file, _, _ in files)
     done = 0
     for file, module, deltas in files:
@@ -251,7 +263,7 @@ def _load_wan(
             tensor = tensor.to(target.device)
             placed[key] = (tensor if deltas is None else deltas.apply(key, tensor)).to(target.dtype)
         module.load_state_dict(placed, assign=True)
-    return transformer, vae
+    return transformer, vae, second
 
 
 def _autoencoder(config: ModelConfig, *, light: bool) -> VAE:

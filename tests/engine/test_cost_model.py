@@ -170,11 +170,11 @@ def test_a_snapshot_goes_on_as_the_model_would(
     "change",
     [
         {"prior_s": [1.0]},
-        {"coefficients_s": [-1.0] * 8},
+        {"coefficients_s": [-1.0] * 10},
         {"ratios": [-1.0]},
         {"ratios": "x"},
         {"moments": None},
-        {"targets": [float("nan")] * 8},
+        {"targets": [float("nan")] * 10},
         {"run": [1]},
     ],
 )

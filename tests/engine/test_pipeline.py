@@ -16,8 +16,9 @@ from engine.config import CacheConfig, SamplingConfig
 from engine.health import ChunkFigures
 from engine.pipeline import Mode, Pipeline, Rendered
 from engine.session import Item, SessionState
+from engine.wan.taehv import TAEHV
 from engine.wan.text_encoder import EncodedPrompt
-from engine.wan.untrained import untrained_model, untrained_wan_model
+from engine.wan.untrained import SMALL_TAEHV, randomise, untrained_model, untrained_wan_model
 from engine.wan.vae import VAEState
 from engine.wan.weights import Model
 from tests.engine.streams import (
@@ -615,3 +616,54 @@ def test_the_embedded_models_own_sampling_needs_no_timesteps() -> None:
     assert [chunk for chunk, _ in play(pipeline, state, [camera(5), camera(4)])] == [0, 1]
     listed = SamplingConfig(timesteps=(900, 600, 300))
     assert Pipeline(pooled_model(RESIDUAL), 32, 48, sampling=listed).max_steps == 3
+
+
+# --- two VAEs
+
+
+def two_vaes(mode: Mode) -> Pipeline:
+    light = TAEHV(SMALL_TAEHV)
+    randomise(light, torch.Generator().manual_seed(5))
+    model = replace(untrained_wan_model(), light_vae=light.eval().requires_grad_(False))
+    return wan(mode, model=model)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_a_stream_changes_its_vae_and_back_without_losing_a_chunk_or_its_cache(mode: Mode) -> None:
+    pipeline = two_vaes(mode)
+    full = StreamParams(prompt="neon", steps=2)
+    light = full.model_copy(update={"light": True})
+    state = pipeline.open(full)
+    done: list[Rendered] = []
+    works = []
+    for chunk in range(24):
+        if chunk in (8, 16):
+            pipeline.set_params(state, light if chunk == 8 else full, chunk)
+        done += tick(pipeline, state, camera(4 if chunk else 5, chunk))
+        works.append(pipeline.work)
+        assert state.rows[0].seen > 0  # never begun anew
+    assert [one.chunk for one in done] == list(range(len(done))) and len(done) >= 23
+    assert [one.revision for one in done] == [0] * 8 + [8] * 8 + [16] * (len(done) - 16)
+    assert all(one.frames is not None and one.frames.shape[0] == (4 if one.chunk else 5) for one in done)
+    assert [work is not None and work.light for work in (works[7], works[15], works[23])] == [False, True, False]
+
+
+def test_by_the_light_vae_alone_the_picture_is_that_of_a_stream_that_never_had_another() -> None:
+    light = StreamParams(prompt="neon", light=True, strength=0.0)
+    pipeline = two_vaes("sequential")
+    moved, fresh = pipeline.open(light.model_copy(update={"light": False})), pipeline.open(light)
+    tick(pipeline, moved, camera(5, 1))
+    pipeline.set_params(moved, light)
+    frames = camera(4, 2)
+    (after,), (alone,) = tick(pipeline, moved, frames), tick(pipeline, fresh, frames)
+    assert after.frames is not None and alone.frames is not None
+    assert torch.equal(after.frames, alone.frames)  # nothing of the other VAE's memory is left in it
+
+
+def test_light_means_nothing_where_there_is_one_vae() -> None:
+    pipeline = wan()
+    full, light = (pipeline.open(StreamParams(prompt="neon", light=light)) for light in (False, True))
+    frames = camera(5, 1)
+    (one,), (other,) = tick(pipeline, full, frames), tick(pipeline, light, frames)
+    assert one.frames is not None and other.frames is not None and torch.equal(one.frames, other.frames)
+    assert pipeline.work is not None and not pipeline.work.light

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from engine.api import EngineError, EngineState, Frames, StreamParams, Understoo
 from engine.config import EngineSettings
 from engine.cost_model import Work
 from engine.frame_memory import FrameLayout, FrameMemory
+from engine.memory import Demand, needed, shape_of
 from engine.messages import (
     Close,
     Closed,
@@ -36,8 +38,9 @@ from engine.messages import (
 from engine.pipeline import Mode, Pipeline, Rendered
 from engine.session import Item, SessionState
 from engine.wan.text_encoder import EncodedPrompt
+from engine.wan.untrained import SMALL_TAEHV, write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import Connection, Disconnected, Worker, make_pipeline
+from engine.worker import WARM_UP_PROMPT, Connection, Disconnected, Worker, check_fits, make_pipeline, which_vae
 
 SIZE, FAR = 32, 1e12
 MODES: tuple[Mode, ...] = ("sequential", "batch")
@@ -561,3 +564,52 @@ def test_two_waiting_chunks_are_rendered_as_one_and_come_back_as_two(rank_of: Ca
     expected = twin.render(state, np.concatenate((given(1), given(2))))
     shown = np.concatenate([rank.shown(done) for done in dones[1:3]])
     np.testing.assert_array_equal(shown, expected)
+
+
+# --- the light VAE
+
+
+def test_a_wan_model_with_both_vaes_goes_to_the_light_one_and_back(
+    rank_of: Callable[..., Rank], tmp_path: Path
+) -> None:
+    write_untrained_wan(tmp_path / "wan", light_vae=SMALL_TAEHV)
+    rank = rank_of(folder=tmp_path / "wan")
+    (costs,) = [message for message in rank.starting if isinstance(message, Costs)]
+    assert [cost.steps for cost in costs.costs if cost.light] == [cost.steps for cost in costs.costs if not cost.light]
+    params = StreamParams(prompt=WARM_UP_PROMPT, steps=2)
+    rank.say(Open(stream=0, params=params))
+    changes = {3: True, 6: False}
+    for chunk in range(9):
+        if chunk in changes:
+            rank.say(Update(stream=0, revision=chunk, params=params.model_copy(update={"light": changes[chunk]})))
+        rank.submit(chunk, frames=4 if chunk else 5)
+    dones = rank.answers(Done)
+    assert [(done.chunk, done.fault) for done in dones] == [(chunk, "") for chunk in range(9)]
+    assert [done.revision for done in dones] == [0] * 3 + [3] * 3 + [6] * 3
+    # Chunk for chunk it is another picture than that of a stream which kept its VAE.
+    assert not np.array_equal(rank.shown(dones[-1]), given(8))
+
+
+@pytest.mark.parametrize(
+    ("asked", "room_for", "loaded"),
+    [
+        ("auto", "both", "both"),
+        ("auto", "light", "auto"),
+        ("full", "both", "full"),
+        ("light", "both", "light"),
+    ],
+)
+def test_both_vaes_are_loaded_where_auto_finds_room(
+    asked: str, room_for: str, loaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_untrained_wan(tmp_path, light_vae=SMALL_TAEHV)
+    settings = EngineSettings.model_validate({"model": str(tmp_path), "width": 64, "height": 64, "vae": asked})
+    plans = {
+        vae: needed(shape_of(tmp_path), Demand(64, 64, settings.max_streams, dtype="float32", vae=vae, text_here=True))
+        for vae in ("both", "light")
+    }
+    assert plans["light"].total_bytes < plans["both"].total_bytes
+    available = SimpleNamespace(available=plans[room_for].total_bytes)
+    monkeypatch.setattr("engine.worker.psutil.virtual_memory", lambda: available)
+    plan = check_fits(settings, torch.float32, torch.device("cpu"))
+    assert which_vae(settings, plan) == loaded

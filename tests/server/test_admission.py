@@ -204,7 +204,7 @@ async def test_capacity_tells_seats_costs_load_and_the_rung() -> None:
             while not (found := await capacity(http, base))["chunk_cost_ms"]:
                 await asyncio.sleep(0.05)
         assert (found["open"], found["seats"], found["fps"], found["load"]) == (0, 2, 24, 0)
-        assert found["rung"] == {"steps": 4, "small": False, "fps": 24, "camera": False}
+        assert found["rung"] == {"steps": 4, "small": False, "light": False, "fps": 24, "camera": False}
         assert (await ask(http, base, await offer_sdp()))[0] == 201
         found = await capacity(http, base)
         assert found["open"] == 1 and found["load"] == pytest.approx(24 / 4 * 0.01, rel=0.5)

@@ -94,7 +94,7 @@ async def test_the_cost_model_is_shown_by_steps_and_size_with_the_state_of_a_ses
         "12 MiB a session",
     ]
     found = json.loads(to_json(report))["measured"]
-    assert found["costs"][1] == {"steps": 2, "small": False, "mean_ms": 200, "upper_ms": 300}
+    assert found["costs"][1] == {"steps": 2, "small": False, "light": False, "mean_ms": 200, "upper_ms": 300}
     assert found["state_bytes"] == 12 << 20
     # The promise is the cost model's too: the smaller size lets four in, at a rate that keeps the latency budget.
     assert found["sessions"] == 4

@@ -93,7 +93,36 @@ def test_the_ladder_gives_up_steps_then_size_then_frames_then_the_style() -> Non
         *(Rung(1, True, fps) for fps in (20, 15, 12, 10, 8)),
         Rung(1, True, 24, camera=True),
     ]
-    assert not any(rung.small for rung in rungs(SERVER, steps_max=3, has_small=False))
+    assert not any(rung.small or rung.light for rung in rungs(SERVER, steps_max=3, has_small=False))
+
+
+def test_a_light_vae_stands_between_the_steps_and_the_size() -> None:
+    ladder = rungs(SERVER, steps_max=2, has_small=True, has_light=True)
+    light = [Rung(1, False, 24, light=True), Rung(1, True, 24, light=True)]
+    assert ladder[:4] == [Rung(2, False, 24), Rung(1, False, 24), *light]
+    assert all(rung.light and rung.small for rung in ladder[4:])
+
+
+def test_an_engine_too_slow_for_its_vae_takes_the_light_one_and_goes_back_when_it_can() -> None:
+    def capacity(chunk_s: float, *, light: bool = True) -> Capacity:
+        costs = [ChunkCostAt(1, False, chunk_s, chunk_s), ChunkCostAt(1, False, 0.6 * chunk_s, chunk_s, light=True)]
+        return Capacity(chunk_s, 4, 0, 4, costs=tuple(costs[: 1 + light]))
+
+    ladder = Ladder(SERVER, capacity(0.1), steps_max=1, wish=1, now=0.0)
+    full, light = Rung(1, False, 24), Rung(1, False, 24, light=True)
+    assert ladder.rung == full
+    now, seen = 0.0, []
+    for chunk_s, seconds in ((0.2, 5), (0.1, 12)):
+        for _ in range(round(seconds / SAMPLE_S)):
+            now += SAMPLE_S
+            if move := ladder.decide(now, Signals(capacity(chunk_s), (1,))):
+                seen.append(move.target)
+    assert seen == [light, full]
+    # An engine that came back without it has another ladder: nobody is left on a rung that is none.
+    slow = Ladder(SERVER, capacity(0.2), steps_max=1, wish=1, now=0.0)
+    assert slow.rung == light
+    slow.decide(1.0, Signals(capacity(0.2, light=False), (1,)))
+    assert not slow.rung.light
 
 
 @given(st.floats(0.01, 1.0), st.lists(st.integers(1, 4), min_size=1, max_size=8), st.booleans())

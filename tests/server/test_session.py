@@ -174,7 +174,7 @@ async def test_an_ack_tells_the_wish_and_what_is_in_force(session: Session) -> N
     session._request_ack(5, None)
     ack = said_by(session).said[-1]
     assert ack["params"]["steps"] == 2 and "small" not in ack["params"]
-    assert ack["in_force"] == {"steps": 1, "small": False, "fps": 15, "camera": False}
+    assert ack["in_force"] == {"steps": 1, "small": False, "light": False, "fps": 15, "camera": False}
 
 
 async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in(
@@ -206,6 +206,7 @@ async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in
 def test_a_rung_has_a_name_of_few_kinds() -> None:
     assert rung_name(Rung(2, small=True, fps=12)) == "2 steps, small, 12 fps"
     assert rung_name(Rung(1, small=False, fps=24)) == "1 step, full, 24 fps"
+    assert rung_name(Rung(1, small=False, fps=24, light=True)) == "1 step, light VAE, full, 24 fps"
     assert rung_name(Rung(1, small=True, fps=5, camera=True)) == "camera"
 
 
@@ -277,7 +278,10 @@ async def test_figures_tell_the_rung_and_that_it_limits(session: Session, clock:
     open_stream(session)
     feed(session, clock, 100)
     stats = session.stats()
-    assert stats["rung"] == {"steps": 2, "small": False, "fps": 24, "camera": False} and stats["limited_by"] == "none"
+    assert (
+        stats["rung"] == {"steps": 2, "small": False, "light": False, "fps": 24, "camera": False}
+        and stats["limited_by"] == "none"
+    )
     session.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
     assert session.stats()["limited_by"] == "cpu"
 
