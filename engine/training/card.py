@@ -22,8 +22,8 @@ frames. It follows the camera and obeys a text prompt; it invents no content.
 
 ## Architecture
 The same classes as Wan 2.1 with other numbers (`config.json`): a causal video autoencoder (4x8x8 blocks to 96 latents by
-principal components, a small convolutional decoder with one frame of memory, small changes from frame to frame damped)
-and a causal diffusion transformer (width 192, 4 blocks, 3 heads, 3.2 M parameters) with rotary positions in three axes,
+principal components, a small convolutional decoder with one frame of memory; what it shows is steadied along the
+camera's motion) and a causal diffusion transformer (width 192, 4 blocks, 3 heads, 3.2 M parameters) with rotary positions in three axes,
 cross-attention to the prompt and a rolling KV cache of 3 latent frames, 1 of them a sink. The source latent is given as
 further input channels; the network predicts the residual on it. What Wan does not have: a refiner, five residual
 blocks of convolutions on the result at twice the latent's resolution, scaled and shifted by the prompt.
