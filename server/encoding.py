@@ -8,6 +8,7 @@ are used here, through `Encoder.pack`.
 from __future__ import annotations
 
 import fractions
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,13 @@ FALL_INTERVAL_S = 1.0
 RATE_WINDOW_S = 1.0
 SPARE = 1.3
 FLAT_S = 2.0
+# Of the receiver's reports: over the first the network is overfull or so bad that fewer packets get through better.
+HEAVY_LOSS = 0.1
+LIGHT_LOSS = 0.02
+RISE_AFTER_LOSS = 1.15
+# While it is tight, what was sent ahead of the bitrate, in seconds of it; beyond, pictures are left out.
+AHEAD_S = 0.3
+TIGHT_S = 5.0
 AUDIO_RATE = 48000
 AUDIO_SAMPLES = 960
 # libvpx goes by the time stamps. x264 at zerolatency goes by this: at 12 fps it spends half the bitrate, which is
@@ -39,9 +47,14 @@ class BitratePolicy:
     Every change rebuilds the encoder and costs a key frame, so it moves in steps of 25 % or more, at least 3 s
     apart; only a fall to less than half is followed after 1 s, because sending on would fill the network's queue.
 
-    An estimate is no complaint while it is 1.3 times what is sent: receivers do not go beyond 1.5 times what they
+    An estimate is no complaint while it is 1.3 times what arrives: receivers do not go beyond 1.5 times what they
     get, so after a calm scene (180 kbit/s) Chromium says 280 kbit/s on any network. When the scene then moves, its
     estimate lags behind, 8 % a second; as long as it rises it is not congestion either.
+
+    An estimate goes by delay and says nothing once a queue is full, so losses over 10 % lower the bitrate too, from
+    what is really sent. An encoder follows neither at once nor below what a picture needs: while the delay complains,
+    `has_room` says which pictures to leave out; at loss by chance that would only lose more. Without it 300 kbit/s
+    ended the picture: key frames and repeats filled the queue.
     """
 
     def __init__(self, start: int, minimum: int, maximum: int) -> None:
@@ -53,6 +66,11 @@ class BitratePolicy:
         self._sent_rate = 0.0
         self._window_bits = 0
         self._window_from: float | None = None
+        self._loss = 0.0
+        self._loss_bound: float | None = None
+        self._tight_until = -math.inf
+        self._ahead_bits = 0.0
+        self._ahead_at = 0.0
 
     def sent(self, bits: int, now: float) -> None:
         """Take note of a frame that leaves."""
@@ -62,11 +80,34 @@ class BitratePolicy:
             self._sent_rate = self._window_bits / (now - self._window_from)
             self._window_bits, self._window_from = 0, now
         self._window_bits += bits
+        self.spend(bits, now)
+
+    def spend(self, bits: int, now: float) -> None:
+        """Take note of what else leaves: packets that are repeated."""
+        self._drain(now)
+        self._ahead_bits += bits
+
+    def has_room(self, now: float) -> bool:
+        """Whether the next picture may be sent; always while nothing speaks of a narrow network."""
+        self._drain(now)
+        return now >= self._tight_until or self._ahead_bits <= AHEAD_S * self._target
+
+    def lost(self, share: float) -> None:
+        """Take the share of packets lost, 0 to 1, of a receiver report."""
+        self._loss = share
+        if share > HEAVY_LOSS:
+            sent = self._sent_rate or self._current
+            base = min(self._loss_bound or self._current, self._current, sent)
+            self._loss_bound = max(base * (1 - share / 2), self._bounds[0])
+        elif share < LIGHT_LOSS and self._loss_bound is not None:
+            self._loss_bound *= RISE_AFTER_LOSS
+            if self._loss_bound >= max(self._wanted, self._current):
+                self._loss_bound = None
 
     def report(self, estimate: int, now: float) -> None:
         """Take the receiver's estimate, in bit/s."""
         before, self._estimate = self._estimate, estimate
-        if estimate >= min(self._current, SPARE * self._sent_rate):
+        if estimate >= min(self._current, SPARE * (1 - self._loss) * self._sent_rate):
             self._flat_since, self._wanted = None, self._bounded(max(estimate, self._current))
             return
         if before is not None and estimate > 1.01 * before:
@@ -77,16 +118,26 @@ class BitratePolicy:
         has_dropped = before is not None and estimate < 0.95 * before
         if has_dropped or now - self._flat_since >= FLAT_S:
             self._wanted = self._bounded(estimate)
+            self._tight_until = now + TIGHT_S
 
     def bitrate(self, now: float) -> int:
         """Return the bitrate to encode the next frame at, in bit/s."""
         if self._changed_at is None:
             self._changed_at = now
-        interval_s = FALL_INTERVAL_S if self._wanted < self._current / 2 else STEP_INTERVAL_S
-        is_step = abs(self._wanted - self._current) >= STEP * self._current
+        target = self._target
+        interval_s = FALL_INTERVAL_S if target < self._current / 2 else STEP_INTERVAL_S
+        is_step = abs(target - self._current) >= STEP * self._current
         if is_step and now - self._changed_at >= interval_s:
-            self._current, self._changed_at = self._wanted, now
+            self._current, self._changed_at = target, now
         return self._current
+
+    @property
+    def _target(self) -> int:
+        return self._wanted if self._loss_bound is None else min(self._wanted, round(self._loss_bound))
+
+    def _drain(self, now: float) -> None:
+        self._ahead_bits = max(0.0, self._ahead_bits - (now - self._ahead_at) * self._target)
+        self._ahead_at = now
 
     def _bounded(self, bitrate: int) -> int:
         low, high = self._bounds

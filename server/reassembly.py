@@ -23,6 +23,8 @@ FIRST_RETRY_S = 0.05
 RETRY_RANGE_S = (0.02, 0.1)
 MAX_TRIES = 6
 KEY_FRAME_RETRY_S = 0.15
+# Hole deadlines that a key frame in arrival is given: nothing can be shown without it, and another takes longer.
+KEY_FRAME_PATIENCE = 3.0
 MAX_GAP = 300
 MAX_HELD = 2048
 AUDIO_HOLE_S = 0.04
@@ -89,6 +91,7 @@ class FrameOrder:
         self._retry_s = FIRST_RETRY_S
         self._waiting_since: float | None = None
         self._key_asked_at = -math.inf
+        self._key_begun = False
 
     @property
     def troubled(self) -> bool:
@@ -119,8 +122,8 @@ class FrameOrder:
         self.expire(now)
         if self._next is None:
             return []
-        if self._waiting_since is not None:
-            self._jump_to_key_frame()
+        if self._waiting_since is not None and not self._jump_to_key_frame():
+            self._stay_with_key_frame()
         frames = []
         while (end := self._frame_end(self._next)) is not None:
             frame = self._cut(end)
@@ -131,8 +134,10 @@ class FrameOrder:
     def expire(self, now: float) -> None:
         """Give up the oldest hole once it is over its deadline; frames behind it may become due."""
         oldest = next(iter(self._missing.values()), None)
-        if oldest is None or now - oldest.noticed_at <= self._hole_deadline_s:
+        deadline_s = self._hole_deadline_s * (KEY_FRAME_PATIENCE if self._key_begun else 1.0)
+        if oldest is None or now - oldest.noticed_at <= deadline_s:
             return
+        self._key_begun = False
         self._counters["holes_given_up"] += 1
         self.await_key_frame(now)
         if not self._jump_to_key_frame():
@@ -160,7 +165,7 @@ class FrameOrder:
 
     def key_frame_due(self, now: float) -> bool:
         """Whether to ask for a key frame now: at once after a give-up, then every `KEY_FRAME_RETRY_S`."""
-        if self._waiting_since is None or now - self._key_asked_at < KEY_FRAME_RETRY_S:
+        if self._waiting_since is None or self._key_begun or now - self._key_asked_at < KEY_FRAME_RETRY_S:
             return False
         self._key_asked_at = now
         self._counters["key_frames_asked"] += 1
@@ -206,7 +211,7 @@ class FrameOrder:
         if self._waiting_since is None:
             return True
         if self._is_key_frame(frame.data):
-            self._waiting_since = None
+            self._waiting_since, self._key_begun = None, False
             return True
         self._counters["frames_skipped"] += 1
         return False
@@ -218,6 +223,14 @@ class FrameOrder:
                 self._drop_below(position)
                 return True
         return False
+
+    def _stay_with_key_frame(self) -> None:
+        """Forget what lies before a key frame that is in arrival: it could not be decoded."""
+        begins = (position for position, piece in self._packets.items() if self._is_key_frame(piece.data))
+        start = min(begins, default=None)
+        self._key_begun = start is not None
+        if start is not None:
+            self._drop_below(start)
 
     def _start_of_newest(self) -> int:
         """Return where the frame in arrival begins, as far as it is here without a hole."""

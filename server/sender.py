@@ -21,7 +21,9 @@ from aiortc.rtp import (
     RTP_HISTORY_SIZE,
     AnyRtcpPacket,
     RtcpPsfbPacket,
+    RtcpRrPacket,
     RtcpRtpfbPacket,
+    RtcpSrPacket,
     unpack_remb_fci,
 )
 
@@ -32,6 +34,8 @@ from server.settings import MediaSettings
 
 MAX_MARKS = 256
 KEY_FRAME_INTERVAL_S = 0.3
+# A full packet of a picture, with its headers.
+REPEATED_BITS = 8 * 1300
 
 
 class VideoSender(RTCRtpSender):
@@ -62,9 +66,13 @@ class VideoSender(RTCRtpSender):
         released = await self._pictures.next()
         if not self._enabled:
             return None
+        now = time.monotonic()
+        if not self._policy.has_room(now):
+            self._counters["network_behind"] += 1
+            self._pictures.unsent.append((released.frame.index, "network_behind"))
+            return None
         if self._video_encoder is None:
             self._video_encoder = VideoEncoder(codec)
-        now = time.monotonic()
         key_frame = self._key_frame_asked and now - self._key_frame_at >= KEY_FRAME_INTERVAL_S
         if key_frame:
             self._key_frame_asked, self._key_frame_at = False, now
@@ -100,6 +108,11 @@ class VideoSender(RTCRtpSender):
             # One report may list six thousand packets, or one a thousand times; there are 128 to repeat.
             packet.lost = list(dict.fromkeys(packet.lost))[:RTP_HISTORY_SIZE]
             self._counters["packets_repeated"] += len(packet.lost)
+            self._policy.spend(REPEATED_BITS * len(packet.lost), time.monotonic())
+        elif isinstance(packet, RtcpRrPacket | RtcpSrPacket):
+            for report in packet.reports:
+                if report.ssrc == self._ssrc:
+                    self._policy.lost(report.fraction_lost / 256)
         await super()._handle_rtcp_packet(packet)
 
     def _send_keyframe(self) -> None:

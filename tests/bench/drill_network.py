@@ -6,7 +6,7 @@ picture; and how long after the bad time it took to show 80 % of the rate. Statu
 
     .venv/bin/python tests/bench/drill_network.py [--only loss] [--seconds 10] [--seed 1] [--json]
 
-The server is a process of its own with the stand-in engine. Client and link share this one; 320x240 at 15 fps both ways.
+The server is a process of its own with the stand-in engine. Client and link share this one; 320x240 at 15 fps.
 """
 
 from __future__ import annotations
@@ -154,12 +154,17 @@ async def drill(options: argparse.Namespace) -> int:
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs", file=sys.stderr)
     print(f"{'network':<20}shown%  late%    gap    p50    p95   back (ms)", file=sys.stderr)
     results = []
-    sizes = {"LIVEBRUSH_ENGINE__WIDTH": str(WIDTH), "LIVEBRUSH_ENGINE__HEIGHT": str(HEIGHT)}
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             if options.only not in case.name:
                 continue
-            with Server(Path(folder) / "server.log", engine="fake", LIVEBRUSH_MAX_FPS="24", **sizes) as server:
+            with Server(
+                Path(folder) / "server.log",
+                engine="fake",
+                LIVEBRUSH_MAX_FPS="24",
+                LIVEBRUSH_ENGINE__WIDTH=str(WIDTH),
+                LIVEBRUSH_ENGINE__HEIGHT=str(HEIGHT),
+            ) as server:
                 results.append(await measure(case, server, pictures, options))
             print(row(results[-1]), file=sys.stderr, flush=True)
     if options.json:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -128,7 +129,7 @@ class Journal:
             last - first,
             len(ages) / max(1, last - first),
             sum(age > late_s for age in ages) / max(1, len(ages)),
-            max(later - earlier for earlier, later in zip(instants, instants[1:])),
+            max(later - earlier for earlier, later in pairwise(instants)),
             quantile(ages, 0.5),
             quantile(ages, 0.95),
         )
@@ -208,7 +209,7 @@ class HardClient(LoadClient):
     def _on_decoded(self, picture: Picture, arrived_at: float) -> None:
         assert isinstance(picture, av.VideoFrame)
         plane = picture.planes[0]
-        luma = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : picture.width]
+        luma = np.frombuffer(bytes(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : picture.width]
         stamped = read_stamp(luma) if picture.width >= WIDTH else None
         if stamped is None:
             self.unread += 1

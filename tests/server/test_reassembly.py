@@ -231,3 +231,18 @@ def test_sound_passes_over_a_gap_instead_of_waiting() -> None:
     assert released == [0xFE, 0xFF] and order.troubled
     assert [frame.data[0] for frame in order.take(0.06 + AUDIO_HOLE_S + 0.001)] == [1, 2]
     assert counters["audio_lost"] == 1 and not order.troubled
+
+
+def test_a_key_frame_in_arrival_is_waited_for_longer_and_not_asked_for_again() -> None:
+    """Nothing can be shown without it, and another one would take longer still."""
+    order = FrameOrder(is_vp8_key_frame, 0.15, Counter())
+    delta, key = b"\x01" + bytes(20), b"\x00\x00\x00\x9d\x01\x2a" + bytes(20)
+    order.push(1, RtpPiece(0, True, delta, 0.0))
+    assert order.take(0.0) == [] and order.key_frame_due(0.2)
+    order.push(3, RtpPiece(3000, False, key, 0.2))  # 2 is lost: what went before the key frame is no matter now
+    order.push(5, RtpPiece(3000, True, b"end", 0.2))
+    assert order.take(0.2) == [] and order.due(0.3) == [4]
+    assert order.take(0.5) == [] and not order.key_frame_due(0.5)
+    order.push(4, RtpPiece(3000, False, b"middle", 0.55))
+    (frame,) = order.take(0.55)
+    assert frame.timestamp == 3000 and frame.data == key + b"middle" + b"end"

@@ -115,6 +115,33 @@ def test_steady_rise_rebuilds_the_encoder_every_few_seconds_only() -> None:
     assert used == sorted(used) and used[-1] > 3_000_000
 
 
+def test_heavy_loss_lowers_the_bitrate_from_what_is_sent_and_a_clean_line_raises_it_again() -> None:
+    policy = busy_policy(800)
+    policy.lost(0.05)
+    assert policy.bitrate(3.0) == 1000
+    policy.lost(0.2)
+    assert policy.bitrate(3.0) == 720  # 800 less half of the loss
+    for _ in range(3):
+        policy.lost(0.0)
+    assert policy.bitrate(6.0) == 1000
+    assert policy.has_room(6.0)  # loss alone leaves no picture out
+
+
+def test_pictures_are_left_out_while_the_receiver_complains_and_more_was_sent_than_it_takes() -> None:
+    policy = busy_policy(1000)
+    policy.spend(5000, 0.0)
+    assert policy.has_room(0.0)  # a key frame on a good line
+    policy.report(1000, 0.0)
+    policy.report(500, 0.5)
+    assert not policy.has_room(0.5)
+    assert policy.has_room(0.5 + 6000 / 500)
+    policy.report(500, 20.0)
+    policy.spend(100, 20.0)
+    assert policy.has_room(20.0)
+    policy.spend(100, 20.0)
+    assert not policy.has_room(20.0)  # repeated packets count too
+
+
 def moving(number: int, size: tuple[int, int] = (128, 128)) -> np.ndarray[Any, np.dtype[np.uint8]]:
     rows, columns = np.mgrid[: size[0], : size[1]]
     shades = [(rows * 3 + 5 * number) % 256, (columns * 2 + 3 * number) % 256, (rows + columns + number) % 256]
