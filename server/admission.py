@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from engine.api import Capacity
+from server.host import Host
 from server.ladder import PROMISE_LOAD, Demand, rungs
 from server.settings import ServerSettings
 
@@ -23,9 +24,12 @@ FIRST_STAY_S = 15.0
 KEPT_STAYS = 64
 
 
-def seats(capacity: Capacity, settings: ServerSettings) -> int:
-    """How many sessions this server takes at the measured costs and with the memory there is. At least one."""
-    most = min(settings.max_sessions, capacity.max_streams)
+def seats(capacity: Capacity, settings: ServerSettings, host: Host | None = None) -> int:
+    """How many sessions this server takes at the measured costs and with the memory there is. At least one.
+
+    host: what frames cost the server process; None while unknown.
+    """
+    most = min(settings.max_sessions, capacity.max_streams, (host or Host()).seats(settings))
     # The least that anyone may be given decides, and that has one step.
     ladder = rungs(settings, steps_max=1, has_small=capacity.has_small, has_light=capacity.has_light)
 

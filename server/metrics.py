@@ -106,6 +106,11 @@ class ServerMetrics:
         self.load = Gauge(
             "livebrush_engine_load", "Share of the engine's time that the sessions need", registry=self.registry
         )
+        self.process_load = Gauge(
+            "livebrush_process_load",
+            "Share of the cores, or of the event loop, that the sessions' video needs",
+            registry=self.registry,
+        )
         self.rungs_down = Gauge(
             "livebrush_rungs_down", "Rungs of the ladder below the wish, 0 for none given up", registry=self.registry
         )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import psutil
@@ -19,6 +20,7 @@ from engine.api import EngineState, StreamParams
 from server.admission import Stays, free_seats, seats
 from server.control import ControlError, check_steps, shown_params
 from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
+from server.host import FrameCap, HostMeter
 from server.ladder import Ladder, Rung, Signals
 from server.peer import answer_offer
 from server.resume import Connect, Kept, ResumeBook, Wish
@@ -73,6 +75,10 @@ class SessionRegistry:
         self._stays = Stays()
         self._tokens = ResumeBook()
         self._ladder = self._new_ladder(context.settings.steps)
+        self._meter, self._cap = HostMeter(), FrameCap(context.settings)
+        self._process = psutil.Process()
+        # Of sessions that are over.
+        self._due_before = 0
         # Frames of each session that the ladder has been told of: due, missed.
         self._told: dict[str, tuple[int, int]] = {}
         self._watch_task: asyncio.Task[None] | None = None
@@ -106,12 +112,13 @@ class SessionRegistry:
     @property
     def seats(self) -> int:
         """Sessions this server takes at the measured cost."""
-        return seats(self._context.engine.capacity, self._context.settings)
+        return seats(self._context.engine.capacity, self._context.settings, self._meter.host)
 
     @property
     def rung(self) -> Rung:
-        """Where every session stands, or the first to come would."""
-        return self._ladder.rung
+        """Where every session stands, or the first to come would: the ladder's, at no more than the process carries."""
+        rung = self._ladder.rung
+        return replace(rung, fps=min(rung.fps, self._cap.fps))
 
     @property
     def load(self) -> float:
@@ -304,6 +311,7 @@ class SessionRegistry:
         self._tasks.pop(session.id, None)
         self._classes.pop(session.id, None)
         self._told.pop(session.id, None)
+        self._due_before += session.metrics.due
         self._stays.ended(self._context.clock() - session.metrics.offered_at)
         self._context.metrics.sessions.set(len(self._tasks))
         self._context.metrics.ended.labels(reason).inc()
@@ -329,14 +337,19 @@ class SessionRegistry:
                 self._tokens.confirm(session.id)
         if not self._sessions:
             self._ladder = self._new_ladder(self._context.settings.steps)
+            self._cap = FrameCap(self._context.settings)
             return
         if self._context.engine.status.state is not EngineState.READY:
             self._ladder.hold(now)
             return
         move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed))
+        fps = self._cap.fps
+        capped = self._cap.decide(now, self._meter.host, len(self._sessions)) < self._ladder.rung.fps
+        reason = self._cap.reason if capped or self._cap.fps != fps else self._ladder.reason
+        rung = self.rung
         for session in self._sessions.values():
-            if session.rung != self._ladder.rung:
-                session.set_rung(self._ladder.rung, move.reason if move else self._ladder.reason)
+            if session.rung != rung:
+                session.set_rung(rung, move.reason if move else reason)
 
     def _frames_since(self, now: float) -> tuple[int, int]:
         """Frames due and missed in all sessions since the last call."""
@@ -351,6 +364,18 @@ class SessionRegistry:
                 missed += total[1] - told[1]
         return due, missed
 
+    def _measure(self, busy_share: float) -> None:
+        """Learn what a frame costs this process. Runs on the loop's thread, whose time is part of it."""
+        times = self._process.cpu_times()
+        self._meter.sample(
+            self._context.clock(),
+            cpu_s=times.user + times.system,
+            loop_s=time.thread_time(),
+            frames=self._due_before + sum(session.metrics.due for session in self._sessions.values()),
+            busy_share=busy_share,
+            cores=psutil.cpu_count() or 1,
+        )
+
     async def _watch(self) -> None:
         """Follow what the engine can do, and watch the event loop's lag."""
         lag_s, samples = 0.0, 0
@@ -362,9 +387,11 @@ class SessionRegistry:
             metrics = self._context.metrics
             metrics.seats.set(self.seats)
             metrics.load.set(self.load)
+            metrics.process_load.set(self._meter.host.load(self.rung.fps * len(self._sessions)))
             metrics.rungs_down.set(self._ladder.depth)
             samples += 1
             if samples % TICK_SAMPLES == 0:
                 cpu_share = psutil.cpu_percent() / 100
+                self._measure(cpu_share)
                 metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
                 lag_s = 0.0

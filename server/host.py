@@ -1,0 +1,120 @@
+"""What the video of the sessions takes of the machine's cores, beside the model, and how many frames that leaves. Pure.
+
+Decoding, scaling, mattes and encoding run in the server process, and its event loop is one thread of it. So a session
+can be too much for the machine while the engine has room. Measured are CPU seconds a frame, of the whole process and of
+the loop's thread; of the cores the process can count on what it has, what is idle, and never less than half of all.
+
+Where the process is the bottleneck all sessions get evenly fewer frames (`FrameCap`); steps and size, which are the
+engine's matter, are kept. Admission counts with the least rate that a session may be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.ladder import CLEAN_S, MOVE_PERIOD_S, PROMISE_LOAD, RATES_FPS, RISE_LOAD, STAY_LOAD
+from server.settings import ServerSettings
+
+# Fewer frames in a sample tell what a connection costs, and not what a frame does.
+MIN_FRAMES = 30
+SMOOTHING = 0.3
+# Whatever else runs here, so much of the cores is the server's: a fair share beside the engine.
+OWN_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a frame of one session costs this process. cpu_s, loop_s: CPU seconds in all its threads, and in the event
+    loop's; 0 while unknown. cores: that it can count on."""
+
+    cpu_s: float = 0.0
+    loop_s: float = 0.0
+    cores: float = 1.0
+
+    def load(self, frames_per_s: float) -> float:
+        """Share of what there is that so many frames a second of all sessions need: of the cores or of the loop."""
+        return frames_per_s * max(self.cpu_s / self.cores, self.loop_s)
+
+    def seats(self, settings: ServerSettings) -> int:
+        """Sessions that can all have `min_fps`; at least one."""
+        each = self.load(settings.min_fps)
+        return max(1, int(PROMISE_LOAD / each)) if each > 0 else settings.max_sessions
+
+
+class HostMeter:
+    """Learns `host` from counters that only rise. Pure: they are passed in."""
+
+    def __init__(self) -> None:
+        self.host = Host()
+        self._before: tuple[float, float, float, int] | None = None
+
+    def sample(self, now: float, *, cpu_s: float, loop_s: float, frames: int, busy_share: float, cores: int) -> Host:
+        """Take one sample, every few seconds.
+
+        Args:
+            now: monotonic seconds.
+            cpu_s, loop_s: CPU time of the process and of its loop's thread so far.
+            frames: of all sessions so far, at their agreed rates.
+            busy_share: of all cores of the machine, since the last sample.
+            cores: of the machine.
+        """
+        before, self._before = self._before, (now, cpu_s, loop_s, frames)
+        if before is None or now <= before[0]:
+            return self.host
+        seconds, count = now - before[0], frames - before[3]
+        used = (cpu_s - before[1]) / seconds
+        available = max(OWN_SHARE * cores, used + (1 - busy_share) * cores)
+        host = self.host
+        if count >= MIN_FRAMES:
+            known = host.cpu_s > 0
+            host = Host(
+                _smooth(host.cpu_s, (cpu_s - before[1]) / count, known=known),
+                _smooth(host.loop_s, (loop_s - before[2]) / count, known=known),
+                _smooth(host.cores, available, known=known),
+            )
+        self.host = host
+        return host
+
+
+class FrameCap:
+    """The rate that every session may have at most, for the process's sake. Pure: instants are passed in.
+
+    Down at once, to the highest rate that keeps PROMISE_LOAD; up after CLEAN_S in which there was room for it.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        full = settings.max_fps
+        self._rates: Sequence[float] = (full, *(fps for fps in RATES_FPS if settings.min_fps <= fps < full))
+        self.fps = self._rates[0]
+        self.reason = ""
+        self._moved_at = float("-inf")
+        self._room_since: float | None = None
+
+    def decide(self, now: float, host: Host, sessions: int) -> float:
+        """The rate from now on."""
+        load = host.load(self.fps * sessions)
+        higher = [fps for fps in self._rates if fps > self.fps and host.load(fps * sessions) <= RISE_LOAD]
+        self._room_since = (now if self._room_since is None else self._room_since) if higher else None
+        if now - self._moved_at < MOVE_PERIOD_S:
+            return self.fps
+        if load > STAY_LOAD:
+            lower = [fps for fps in self._rates if fps < self.fps]
+            fitting = [fps for fps in lower if host.load(fps * sessions) <= PROMISE_LOAD]
+            if lower:
+                self._move(now, fitting[0] if fitting else lower[-1], _too_busy(load, sessions))
+        elif self._room_since is not None and now - self._room_since >= CLEAN_S:
+            self._move(now, higher[0], f"this machine has had room for {CLEAN_S:.0f} s")
+        return self.fps
+
+    def _move(self, now: float, fps: float, reason: str) -> None:
+        self.fps, self.reason, self._moved_at, self._room_since = fps, reason, now, None
+
+
+def _too_busy(load: float, sessions: int) -> str:
+    whose = "one session" if sessions == 1 else f"{sessions} sessions"
+    return f"the video of {whose} needs {load:.0%} of what this machine has for it"
+
+
+def _smooth(old: float, new: float, *, known: bool) -> float:
+    return old + SMOOTHING * (new - old) if known else new

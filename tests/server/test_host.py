@@ -1,0 +1,68 @@
+"""The server process's own limit: what a frame costs it, who is refused for it, and how frames are taken."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.api import Capacity, ChunkCostAt
+from engine.config import EngineSettings
+from server.admission import seats
+from server.host import FrameCap, Host, HostMeter
+from server.ladder import CLEAN_S, MOVE_PERIOD_S, PROMISE_LOAD
+from server.settings import ServerSettings
+
+SERVER = ServerSettings(max_fps=24, min_fps=8, max_sessions=8, engine=EngineSettings(max_streams=8))
+FAST = Capacity(0.001, 8, 0, 4, costs=(ChunkCostAt(1, False, 0.001, 0.001),))
+
+
+def test_what_a_frame_costs_is_learned_and_a_start_without_frames_tells_nothing() -> None:
+    meter = HostMeter()
+    meter.sample(0.0, cpu_s=10.0, loop_s=5.0, frames=0, busy_share=0.5, cores=4)
+    meter.sample(2.0, cpu_s=11.0, loop_s=5.5, frames=10, busy_share=0.5, cores=4)
+    assert meter.host == Host()
+    host = meter.sample(4.0, cpu_s=12.0, loop_s=5.7, frames=60, busy_share=0.25, cores=4)
+    # One second of CPU and 0.2 of the loop for 50 frames; half a core used and three idle.
+    assert (host.cpu_s, host.loop_s, host.cores) == pytest.approx((0.02, 0.004, 3.5))
+    busy = HostMeter()
+    for second in (0, 1):
+        host = busy.sample(second, cpu_s=second, loop_s=0, frames=50 * second, busy_share=1.0, cores=8)
+    assert host.cores == 4  # beside others it still has its share
+
+
+def test_an_offer_that_would_starve_the_process_finds_no_seat() -> None:
+    assert seats(FAST, SERVER) == 8
+    assert seats(FAST, SERVER, Host(cpu_s=0.03, cores=1.0)) == 3  # 8 frames a second take 0.24 of the core
+    assert seats(FAST, SERVER, Host(cpu_s=0.03, cores=4.0)) == 8
+    assert seats(FAST, SERVER, Host(loop_s=0.02, cores=64.0)) == 5  # one loop, however many cores
+    assert seats(FAST, SERVER, Host(cpu_s=5.0)) == 1
+    assert seats(Capacity(0.0, 8, 0, 4), SERVER, Host(cpu_s=0.03)) == 3  # whatever is known of the engine
+
+
+def test_frames_are_taken_at_once_and_come_back_after_a_while_with_room() -> None:
+    cap = FrameCap(SERVER)
+    busy, idle = Host(cpu_s=0.02), Host(cpu_s=0.005)
+    assert cap.decide(0.0, busy, 1) == 24  # 0.48 of the core
+    assert cap.decide(1.0, busy, 3) == 12  # 24 would be 1.44 of it, 15 still 0.9
+    assert "3 sessions needs 144%" in cap.reason
+    assert cap.decide(2.0, idle, 3) == 12
+    assert cap.decide(2.0 + CLEAN_S / 2, idle, 3) == 12
+    assert cap.decide(2.0 + CLEAN_S, idle, 3) == 24
+    # A rate below the least is none, however little there is.
+    assert FrameCap(SERVER).decide(0.0, Host(cpu_s=9.0), 4) == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.2), st.integers(0, 8)), min_size=1, max_size=200))
+def test_whatever_comes_the_rate_is_one_there_is_and_moves_seldom(samples: list[tuple[float, int]]) -> None:
+    cap, moves, before = FrameCap(SERVER), [], 24.0
+    for sample, (cpu_s, sessions) in enumerate(samples):
+        now, host = 0.25 * sample, Host(cpu_s=cpu_s)
+        fps = cap.decide(now, host, sessions)
+        assert SERVER.min_fps <= fps <= SERVER.max_fps
+        if fps != before:
+            moves.append(now)
+            assert fps < before or host.load(fps * sessions) <= PROMISE_LOAD
+            before = fps
+    assert all(later - earlier >= MOVE_PERIOD_S for earlier, later in itertools.pairwise(moves))
