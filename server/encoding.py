@@ -73,17 +73,13 @@ class BitratePolicy:
         self._ahead_at = 0.0
 
     def sent(self, bits: int, now: float) -> None:
-        """Take note of a frame that leaves."""
+        """Take note of what leaves: a frame, or packets that are repeated."""
         if self._window_from is None:
             self._window_from = now
         if now - self._window_from >= RATE_WINDOW_S:
             self._sent_rate = self._window_bits / (now - self._window_from)
             self._window_bits, self._window_from = 0, now
         self._window_bits += bits
-        self.spend(bits, now)
-
-    def spend(self, bits: int, now: float) -> None:
-        """Take note of what else leaves: packets that are repeated."""
         self._drain(now)
         self._ahead_bits += bits
 

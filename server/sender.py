@@ -108,7 +108,7 @@ class VideoSender(RTCRtpSender):
             # One report may list six thousand packets, or one a thousand times; there are 128 to repeat.
             packet.lost = list(dict.fromkeys(packet.lost))[:RTP_HISTORY_SIZE]
             self._counters["packets_repeated"] += len(packet.lost)
-            self._policy.spend(REPEATED_BITS * len(packet.lost), time.monotonic())
+            self._policy.sent(REPEATED_BITS * len(packet.lost), time.monotonic())
         elif isinstance(packet, RtcpRrPacket | RtcpSrPacket):
             for report in packet.reports:
                 if report.ssrc == self._ssrc:

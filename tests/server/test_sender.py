@@ -129,16 +129,16 @@ def test_heavy_loss_lowers_the_bitrate_from_what_is_sent_and_a_clean_line_raises
 
 def test_pictures_are_left_out_while_the_receiver_complains_and_more_was_sent_than_it_takes() -> None:
     policy = busy_policy(1000)
-    policy.spend(5000, 0.0)
+    policy.sent(5000, -0.5)
     assert policy.has_room(0.0)  # a key frame on a good line
     policy.report(1000, 0.0)
     policy.report(500, 0.5)
     assert not policy.has_room(0.5)
     assert policy.has_room(0.5 + 6000 / 500)
     policy.report(500, 20.0)
-    policy.spend(100, 20.0)
+    policy.sent(100, 20.0)
     assert policy.has_room(20.0)
-    policy.spend(100, 20.0)
+    policy.sent(100, 20.0)
     assert not policy.has_room(20.0)  # repeated packets count too
 
 
