@@ -5,7 +5,9 @@ even grid: the measured period apart, and a delay after their capture. The delay
 last chunks, so that most chunks are there before their first picture is due. Pictures ahead of or behind the delay find
 it a little with each interval. A picture never waits past its deadline as long as its whole chunk can be in time; where
 the engine is too slow for that, the period stretches and the picture stays even. What is past its deadline by more than
-TOLERANCE_S is not shown while a newer picture waits: latency ends there, however slow the engine has become.
+TOLERANCE_S is not shown while a newer picture waits: latency ends there, however slow the engine has become. Between
+the two a picture is late and shown. Where most chunks are, the delay is taken from all of them, so that they come late
+but evenly (chunks 0.50 to 0.58 s old, budget 0.5: interval P99 81 ms instead of 117).
 
 Beside it stood a form without a delay, which spread a chunk over its measured period and played faster while more
 than one picture waited. Simulated over 60 s each (30 fps camera, 24 agreed, budget 0.5 s, ms). "Busy": 15 of 100
@@ -31,6 +33,7 @@ picture until the ladder has lowered the rate; after stalls more delay is kept f
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -41,7 +44,7 @@ Picture = TypeVar("Picture")
 MAX_CHUNKS = 3
 # Pictures that may wait when they come one by one: the camera's, right after the engine's last chunks.
 MIN_ROOM = 12
-# The delay is this quantile of the latencies of the last chunks that came within the budget.
+# The delay is this quantile of the latencies of the last chunks: of those within the budget, where they are the more.
 LATENCY_SHARE = 0.85
 LATENCY_CHUNKS = 32
 # One dropped chunk is no slower engine, a row of them is: a period counts as MAX_PERIOD times the median at most.
@@ -172,8 +175,12 @@ class Pacer(Generic[Picture]):
         if count != self._count:  # filling another number of pictures takes another time
             self._latencies_s.clear()
         self._count = count
-        if latency_s <= self._budget_s:
+        if latency_s <= self._budget_s + TOLERANCE_S:
             self._latencies_s.append(latency_s)
-        if self._latencies_s:
-            ordered = sorted(self._latencies_s)
+        ordered = sorted(self._latencies_s)
+        in_time = bisect.bisect_right(ordered, self._budget_s)
+        # A chunk late once is hurried after and no delay kept for it; where most are, there is nothing to hurry for.
+        if 2 * in_time >= len(ordered):
+            ordered = ordered[:in_time]
+        if ordered:
             self._delay_s = ordered[math.ceil(LATENCY_SHARE * len(ordered)) - 1]

@@ -15,7 +15,7 @@ from server import control
 from server.acks import Ack, AckBook
 from server.ingest import ChunkAssembler, RateGate, to_rgb
 from server.metrics import ServerMetrics, SessionMetrics, quantile
-from server.pacer import MAX_CHUNKS, Pacer
+from server.pacer import MAX_CHUNKS, TOLERANCE_S, Pacer
 from server.presenter import FADE_FRAMES, Picture, Presenter, View
 
 GREY = np.full((8, 8, 3), 100, np.uint8)
@@ -236,6 +236,50 @@ def test_the_pacer_never_holds_more_than_three_chunks_and_keeps_order(waits: lis
     assert shown == sorted(shown) and sorted(shown + lost) == list(range(4 * len(waits)))
 
 
+def late_by(low_s: float, high_s: float, chunks: int = 120) -> list[tuple[float, float]]:
+    """(released at, captured at) where each chunk's first picture is between these ages when the chunk comes."""
+    random, pacer, now, released, ready_at = np.random.default_rng(0), Pacer[int](24, BUDGET_S), 0.0, [], 0.0
+    for chunk in range(chunks):
+        ready_at = max(ready_at, 4 * chunk / 24 + random.uniform(low_s, high_s))
+        while (due := pacer.due_at()) is not None and max(due, now) < ready_at:
+            now = max(due, now) + 0.001
+            assert pacer.shed(now) == []
+            released.append((now, pacer.pop(now) / 24))
+        now = max(now, ready_at)
+        pacer.push([4 * chunk + i for i in range(4)], [(4 * chunk + i) / 24 for i in range(4)], now)
+    return released[100:]
+
+
+def test_chunks_that_are_all_a_little_late_are_shown_late_and_evenly() -> None:
+    released = late_by(BUDGET_S, BUDGET_S + 0.08)
+    gaps = np.diff([at for at, _ in released])
+    assert np.quantile(gaps, 0.99) < 2.2 / 24  # 2.8 where the delay is not adapted
+    assert max(at - captured for at, captured in released) < BUDGET_S + 0.1
+
+
+def test_chunks_that_are_late_now_and_then_leave_the_others_in_time() -> None:
+    released = late_by(BUDGET_S - 0.1, BUDGET_S + 0.02)
+    assert np.mean([at - captured > BUDGET_S for at, captured in released]) < 0.2
+
+
+@given(st.lists(st.floats(0.05, 0.9), min_size=1, max_size=40))
+def test_only_what_is_over_the_tolerance_is_not_shown_and_never_the_newest(latencies_s: list[float]) -> None:
+    pacer: Pacer[int] = Pacer(24, BUDGET_S)
+    now, seen = 0.0, set()
+    for chunk, latency_s in enumerate([*latencies_s, 0.1]):
+        ready_at = max(now, 4 * chunk / 24 + latency_s)
+        while (due := pacer.due_at()) is not None and max(due, now) < ready_at:
+            now = max(due, now)
+            for picture in pacer.shed(now):
+                assert now - picture / 24 > BUDGET_S + TOLERANCE_S
+                seen.add(picture)
+            seen.add(pacer.pop(now))
+        now = ready_at
+        seen.update(pacer.push([4 * chunk + i for i in range(4)], [(4 * chunk + i) / 24 for i in range(4)], now))
+    newest = 4 * len(latencies_s) + 3
+    assert newest not in seen and len(pacer) + len(seen) == newest + 1
+
+
 def test_the_cameras_single_pictures_find_room_behind_the_engines_last_chunks() -> None:
     pacer: Pacer[int] = Pacer(24, BUDGET_S)
     lost = pacer.push([0, 1, 2, 3], [i / 24 for i in range(4)], 0.25)
@@ -245,6 +289,14 @@ def test_the_cameras_single_pictures_find_room_behind_the_engines_last_chunks() 
 
 
 # --- presenter
+
+
+@given(st.lists(st.floats(0.0, 3.0), min_size=1, max_size=60))
+def test_a_late_picture_is_no_reason_for_the_camera(ages_s: list[float]) -> None:
+    """Once it is restyled it stays so, however late single pictures are: only the ladder goes to the camera."""
+    presenter = Presenter()
+    frames = [presenter.present(Picture(i, -age_s, GREY, WHITE)) for i, age_s in enumerate(ages_s)]
+    assert all(np.array_equal(frame.rgb, WHITE) for frame in frames) and presenter.view is View.RESTYLED
 
 
 def test_a_warm_server_shows_the_restyled_picture_first() -> None:
