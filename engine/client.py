@@ -8,8 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-from pydantic import ValidationError
-
 from engine.api import (
     Capacity,
     EngineError,
@@ -27,7 +25,7 @@ from engine.api import (
 from engine.chunks import check_shape
 from engine.config import EngineSettings, ServingProfile
 from engine.frame_memory import FrameLayout, FrameMemory
-from engine.launch import RankProcess
+from engine.launch import Launcher, Rank, RankProcess
 from engine.messages import (
     Close,
     Closed,
@@ -41,8 +39,6 @@ from engine.messages import (
     Submit,
     ToRank,
     Update,
-    decode_from_rank,
-    encode,
 )
 from engine.readiness import Readiness
 from engine.results import ResultQueue
@@ -149,14 +145,16 @@ class LocalStream:
 class LocalEngine:
     """One rank in a process of its own (`engine.api.Engine`)."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, launch: Launcher = RankProcess.start) -> None:
+        """launch: starts its rank, on this machine unless told otherwise."""
         self.settings = settings
+        self._launch = launch
         self.memory: FrameMemory
         self.restarts = 0
         self._readiness = Readiness()
         self._profile = ServingProfile()
         self._costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
-        self._rank: RankProcess | None = None
+        self._rank: Rank | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._regions_changed = asyncio.Condition()
         self._free_regions: list[int] = []
@@ -188,7 +186,7 @@ class LocalEngine:
     @property
     def pid(self) -> int | None:
         """Process id of the rank, for `doctor` and drills."""
-        return self._rank.process.pid if self._rank else None
+        return self._rank.pid if self._rank else None
 
     async def start(self) -> None:
         """See `Engine.start`. Raises FileNotFoundError or ValueError for a wrong model, OSError without memory."""
@@ -246,8 +244,8 @@ class LocalEngine:
 
     def send(self, message: ToRank) -> None:
         """Queue a control message; its volume is bounded by the slots and the control channel's rate limit."""
-        if self._rank is not None and not self._rank.writer.is_closing():
-            self._rank.writer.write(encode(message))
+        if self._rank is not None:
+            self._rank.send(message)
 
     async def _set_status(self, status: EngineStatus) -> None:
         if status.state is not self.status.state:
@@ -277,25 +275,25 @@ class LocalEngine:
         """Start a rank and serve it until it is gone; returns why."""
         self._free_regions = list(range(self.settings.max_streams))
         try:
-            self._rank = await RankProcess.start(self.settings, self.memory)
+            self._rank = await self._launch(self.settings, self.memory)
         except OSError as error:
             return f"cannot start: {error}"
         reason = "connection closed"
         try:
-            reason = await self._read_messages(self._rank.reader)
+            reason = await self._read_messages(self._rank)
         finally:
             rank, self._rank = self._rank, None
-            exit_status = await asyncio.shield(rank.stop())
-        return f"{reason}, exit status {exit_status}"
+            end = await asyncio.shield(rank.stop())
+        return f"{reason}, {end}"
 
-    async def _read_messages(self, reader: asyncio.StreamReader) -> str:
+    async def _read_messages(self, rank: Rank) -> str:
         """Handle what the rank says until end of file; a rank that should say something and does not is given up."""
         while True:
             starting = self.status.state is not EngineState.READY
             limit_s = self.settings.start_timeout_s if starting else self._hang_s
             owed = starting or self._owed
             try:
-                line = await asyncio.wait_for(reader.readline(), limit_s)
+                message = await asyncio.wait_for(rank.receive(), limit_s)
             except TimeoutError:
                 if starting:
                     return f"no progress for {limit_s:.0f} s while starting"
@@ -305,12 +303,9 @@ class LocalEngine:
                 continue
             except (ConnectionError, ValueError) as error:
                 return f"connection broke: {error}"
-            if not line:
+            if message is None:
                 return "process ended"
-            try:
-                await self._handle(decode_from_rank(line))
-            except ValidationError as error:
-                return f"bad message: {error}"
+            await self._handle(message)
 
     @property
     def _owed(self) -> bool:

@@ -1,4 +1,7 @@
-"""Start one rank as a process of its own, and stop it. The worker module is imported in the child only."""
+"""Start one rank as a process of its own, and stop it. The worker module is imported in the child only.
+
+`Rank` and `Launcher` are all that `engine.client` knows of where a rank runs; `engine.ray_cluster` has another.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from engine.config import EngineSettings
 from engine.frame_memory import FrameMemory
-from engine.messages import MAX_LINE_BYTES
+from engine.messages import MAX_LINE_BYTES, FromRank, ToRank, decode_from_rank, encode
 
 STOP_TIMEOUT_S = 3.0
 
@@ -29,8 +34,33 @@ RANK_ENVIRONMENT = {
 }
 
 
+class Rank(Protocol):
+    """A running rank, wherever it runs. Frames are in the `FrameMemory` it was started with."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, where that is on this machine."""
+        ...
+
+    def send(self, message: ToRank) -> None:
+        """Queue a message; one for a rank that is gone is lost."""
+        ...
+
+    async def receive(self) -> FromRank | None:
+        """The next message; None once the rank is gone. Raises ConnectionError, or ValueError for a broken message."""
+        ...
+
+    async def stop(self) -> str:
+        """Ask it to stop, then insist; bounded. Returns how it ended, in words for the log."""
+        ...
+
+
+Launcher = Callable[[EngineSettings, FrameMemory], Awaitable[Rank]]
+"""Starts a rank over a frame memory; it reports its progress as `Status` messages. Raises OSError if it cannot."""
+
+
 class RankProcess:
-    """A running rank: its process and the line-based control connection.
+    """A running rank on this machine (`Rank`): its process and the line-based control connection.
 
     The rank leads its own session: Ctrl-C reaches only the server, which then closes the connection, and end of file
     there is the rank's one order to stop. So it also goes when the server is killed.
@@ -66,13 +96,29 @@ class RankProcess:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         return cls(process, reader, writer)
 
-    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Ask by closing the connection, then insist. Returns the exit status; bounded by twice the timeout."""
+    @property
+    def pid(self) -> int:
+        """See `Rank.pid`."""
+        return self.process.pid
+
+    def send(self, message: ToRank) -> None:
+        """See `Rank.send`."""
+        if not self.writer.is_closing():
+            self.writer.write(encode(message))
+
+    async def receive(self) -> FromRank | None:
+        """See `Rank.receive`."""
+        line = await self.reader.readline()
+        return decode_from_rank(line) if line else None
+
+    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> str:
+        """Ask by closing the connection, then insist; bounded by twice the timeout."""
         self.writer.close()
         with contextlib.suppress(OSError):
             await self.writer.wait_closed()
         try:
-            return await asyncio.wait_for(self.process.wait(), timeout_s)
+            status = await asyncio.wait_for(self.process.wait(), timeout_s)
         except TimeoutError:
             self.process.kill()
-            return await asyncio.wait_for(self.process.wait(), timeout_s)
+            status = await asyncio.wait_for(self.process.wait(), timeout_s)
+        return f"exit status {status}"

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -29,7 +30,7 @@ from engine.client import LocalEngine, LocalStream
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from engine.frame_memory import FrameLayout, FrameMemory
-from engine.messages import Done, Status, encode
+from engine.messages import Done, Status
 
 SIZE = 64
 FAR = 1e12
@@ -321,10 +322,10 @@ def test_faults_and_new_beginnings_are_counted_and_named() -> None:
 
 async def test_a_start_may_take_long_but_not_be_silent() -> None:
     engine = LocalEngine(EngineSettings(width=SIZE, height=SIZE, start_timeout_s=0.4))
-    rank = asyncio.StreamReader()
-    reading = asyncio.create_task(engine._read_messages(rank))
+    says: asyncio.Queue[Status] = asyncio.Queue()
+    reading = asyncio.create_task(engine._read_messages(Mock(receive=says.get)))
     for percent in range(8):
-        rank.feed_data(encode(Status(state=EngineState.LOADING, percent=percent)))
+        says.put_nowait(Status(state=EngineState.LOADING, percent=percent))
         await asyncio.sleep(0.1)
     assert (engine.status.percent, reading.done()) == (7, False)
     assert await reading == "no progress for 0 s while starting"
