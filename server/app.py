@@ -20,6 +20,7 @@ from engine.client import LocalEngine
 from engine.cluster import Cluster, arrange
 from engine.config import MAX_STEPS, EngineSettings, ServingProfile
 from engine.fake import FakeEngine
+from engine.ray_cluster import RayCluster
 from server.access import new_token
 from server.catalogue import load_styles, steps_max
 from server.health import ADMIN_HOST, admin_application
@@ -52,6 +53,8 @@ def make_engine(settings: ServerSettings) -> Engine:
         )
     groups, reason = arrange(engine)
     log.info("engine: %s", reason)
+    if settings.engine_kind.startswith("ray"):
+        return RayCluster(settings.engine_kind, groups)
     return LocalEngine(groups[0]) if len(groups) == 1 else Cluster([LocalEngine(group) for group in groups])
 
 
@@ -73,7 +76,7 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
     if not settings.is_private and not settings.tokens.by_role():
         raise ValueError(f"host {settings.host}, or a proxy before it, is reached from elsewhere and no token is set")
     tls = tls_context(settings.tls_cert, settings.tls_key)
-    local = settings.engine_kind == "local"
+    local = settings.engine_kind != "fake"
     styles = load_styles(settings.engine.model_dir) if local else []
     most_steps = steps_max(settings.engine) if local else MAX_STEPS
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="livebrush") as executor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.camera_command import add_camera_parser
+from server.cluster_command import add_cluster_parser
 from server.link_command import add_link_parser
 from server.load import add_load_parser
 from server.models_command import add_models_parser
@@ -206,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands.add_parser("doctor", help="what this machine can do, and what is wrong"))
     add_models_parser(commands)
     add_camera_parser(commands)
+    add_cluster_parser(commands)
     add_link_parser(commands)
     add_load_parser(commands)
     add_plan_parser(commands)
@@ -226,7 +228,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--turn-secret", metavar="SECRET", help="shared with the relay; better LIVEBRUSH_MEDIA__TURN_SECRET"
     )
     _add_engine_flags(parser)
-    parser.add_argument("--engine", choices=("local", "fake"), help="the model, or a stand-in without one")
+    parser.add_argument(
+        "--engine", metavar="KIND", help="local (default), fake (no model), ray or ray://HOST:PORT (docs/scale.md)"
+    )
     parser.add_argument(
         "--steps", type=int, help="denoising steps a session begins with, 1 to 4 (default: the model's)"
     )

@@ -151,7 +151,11 @@ class ServerSettings(BaseModel):
         description="addresses or networks of the proxies before this server, whose X-Forwarded-For tells the client",
     )
     engine: EngineSettings = EngineSettings()
-    engine_kind: str = Field(default="local", pattern="^(local|fake)$", description="local rank process, or the fake")
+    engine_kind: str = Field(
+        default="local",
+        pattern=r"^(local|fake|ray(://[A-Za-z0-9._\-\[\]:]+)?)$",
+        description="local rank processes, the fake, or groups on a Ray cluster: ray, ray://HOST:PORT",
+    )
     media: MediaSettings = MediaSettings()
     latency_budget_s: PositiveFloat = Field(default=0.5, description="a frame older than this at playout is late")
     max_fps: float = Field(default=24.0, gt=0, le=60, description="agreed output rate when there is room")

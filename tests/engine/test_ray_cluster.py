@@ -1,0 +1,112 @@
+"""Groups on two nodes of a Ray cluster, which are two raylets of this machine: a node dies, the streams go on."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.api import EngineState, EngineStream, FrameChunk, RankLost
+from engine.api import StreamParams as Params
+from engine.config import EngineSettings
+from engine.ray_cluster import STORE_BYTES, Controller, RayCluster, controller, import_ray
+
+SIZE = 64
+START_S = 120
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster of a head that holds no group, and two nodes with room for one each. Yields it and its nodes."""
+    ray = import_ray()
+    from ray.cluster_utils import Cluster as Raylets
+
+    small = {"object_store_memory": STORE_BYTES}
+    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    workers = [raylets.add_node(num_cpus=1, **small) for _ in range(2)]
+    yield raylets, workers
+    ray.shutdown()
+    raylets.shutdown()
+
+
+async def renders(stream: EngineStream, index: int = 0) -> np.ndarray:
+    frames = np.full((1 if index == 0 else 4, SIZE, SIZE, 3), 90, np.uint8)
+    indices = tuple(range(len(frames)))
+    stream.submit(FrameChunk(index, frames, indices, (0.0,) * len(frames), time.monotonic() + 60))
+    async with asyncio.timeout(60):
+        rendered = await anext(aiter(stream))
+    assert rendered.index == index
+    assert rendered.engine_started_at <= rendered.engine_finished_at <= time.monotonic()
+    assert rendered.engine_started_at > time.monotonic() - 60
+    return rendered.frames
+
+
+async def all_ready(cluster: RayCluster) -> None:
+    async with asyncio.timeout(START_S):
+        while any(group.status.state is not EngineState.READY for group in cluster.groups):
+            assert all(group.status.state is not EngineState.FAILED for group in cluster.groups), cluster.status
+            await asyncio.sleep(0.1)
+
+
+async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(nodes: Any) -> None:
+    raylets, workers = nodes
+    import ray
+
+    began = time.monotonic()
+    settings = EngineSettings(width=SIZE, height=SIZE, max_streams=2, start_timeout_s=START_S)
+    cluster = RayCluster("ray", [settings, settings])
+    await cluster.start()
+    try:
+        await all_ready(cluster)
+        print(f"two groups ready after {time.monotonic() - began:.1f} s")
+        homes = {number: node for number, (node, _) in cluster._ranks.items()}
+        assert set(homes.values()) == {worker.node_id for worker in workers}
+        async with cluster.open_stream("a", Params(prompt="ink")) as a, cluster.open_stream("b", Params()) as b:
+            first = await renders(a)
+            assert np.any(first != 90)
+            await renders(b)
+            await renders(a, 1)
+            by_id = {worker.node_id: worker for worker in workers}
+            killed = time.monotonic()
+            raylets.remove_node(by_id[homes[0]], allow_graceful=False)
+            with pytest.raises(RankLost):
+                async with asyncio.timeout(60):
+                    await anext(aiter(a))
+            print(f"lost after {time.monotonic() - killed:.2f} s")
+            await renders(b, 1)
+            async with cluster.open_stream("a", Params(prompt="ink")) as again:
+                np.testing.assert_array_equal(await renders(again), first)
+                print(f"rendered again after {time.monotonic() - killed:.2f} s")
+        # A node comes: the lost group is placed there.
+        raylets.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        await all_ready(cluster)
+        assert cluster.capacity.groups == 2
+
+        # Its node is drained: the group leaves, and has nowhere to go.
+        leaving = cluster._ranks[0][0]
+        await asyncio.to_thread(ray.get, controller(ray).drain.remote(leaving, True))
+        async with asyncio.timeout(30):
+            while cluster.groups[0].status.state is EngineState.READY:
+                await asyncio.sleep(0.1)
+        assert cluster.groups[1].status.state is EngineState.READY
+        shown = await asyncio.to_thread(ray.get, controller(ray).groups.remote())
+        assert {(one["group"], one["node"]) for one in shown} >= {(1, homes[1])}
+    finally:
+        await cluster.close()
+
+
+def test_a_controller_that_was_started_anew_learns_what_is_drained() -> None:
+    first, second = Controller(), Controller()
+    first.drain("n1", True)
+    life, drained = first.report("server", [], "", [])
+    assert drained == ["n1"]
+    _, drained = second.report("server", [{"group": 0}], life, drained)
+    assert drained == ["n1"]
+    assert second.groups() == [{"group": 0, "server": "server"}]
+    second.drain("n1", False)
+    assert second.drained() == []
