@@ -1,7 +1,8 @@
 """Glass to glass of two ways through the server: the page's own, and in by WHIP and out by WHEP.
 
 Same clip, same client code, same stand-in engine; the way from a frame handed to the encoder to the same frame decoded,
-told by the number drawn into it. Prints both medians and their difference; status 1 when WHIP and WHEP are slower by over 100 ms.
+told by the number drawn into it. Prints both medians and their difference; status 1 when WHIP and WHEP are slower by
+over 100 ms.
 
     .venv/bin/python tests/bench/bench_ways.py [--seconds 15] [--json]
 """
