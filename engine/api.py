@@ -158,6 +158,7 @@ class Capacity:
         model; empty while unknown. Where it holds no small size or no light VAE to change to, the engine has none.
         state_bytes: of one stream.
         groups: engines side by side, over which the streams are spread; a chunk takes the time of one of them.
+        transit_s: by which a chunk comes back later than its cost, on its way round a ring of ranks.
     """
 
     chunk_cost_s: float
@@ -168,6 +169,7 @@ class Capacity:
     costs: tuple[ChunkCostAt, ...] = ()
     state_bytes: int = 0
     groups: int = 1
+    transit_s: float = 0.0
 
     @property
     def has_small(self) -> bool:

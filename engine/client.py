@@ -176,6 +176,7 @@ class LocalEngine:
             first_chunk_frames=self._profile.first_chunk_frames,
             costs=self._costs.costs,
             state_bytes=self._costs.state_bytes,
+            transit_s=self._costs.transit_s,
         )
 
     @property

@@ -80,6 +80,7 @@ class Cluster:
             costs=slowest.costs,
             state_bytes=slowest.state_bytes,
             groups=len(capacities),
+            transit_s=max(capacity.transit_s for capacity in capacities),
         )
 
     @property

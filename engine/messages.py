@@ -73,6 +73,7 @@ class Costs(_Message):
     chunk_cost_s: float
     costs: tuple[ChunkCostAt, ...]
     state_bytes: int
+    transit_s: float = 0.0
 
 
 class Done(_Message):

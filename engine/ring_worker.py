@@ -122,7 +122,6 @@ class RingWorker(Worker):
         self._loader = loader or RankLoader(settings)
         self._ranks: list[BaseProcess] = []
         self._events: Events
-        self._transit_s = 0.0
 
     def load(self) -> None:
         """See `Worker.load`. Raises also PeerGone when a rank ends or does not come."""

@@ -62,6 +62,7 @@ PROFILE_PASSES = 4
 # The server is told of costs that have moved by this share, at most this often.
 COST_MOVE = 0.03
 COST_PAUSE_S = 0.5
+TRANSIT_MOVE_S = 0.005
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -156,6 +157,8 @@ class Worker:
         self._last_finish = float("-inf")
         self._told_costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
         self._told_costs_at = float("-inf")
+        # By which a chunk comes back later than its cost: of a ring.
+        self._transit_s = 0.0
         self._pipeline: Pipeline
         # The same model at a smaller size, where it has one.
         self._small: Pipeline | None = None
@@ -440,14 +443,18 @@ class Worker:
             abs(new.mean_s - old.mean_s) <= COST_MOVE * old.mean_s
             and abs(new.upper_s - old.upper_s) <= COST_MOVE * old.upper_s
             for new, old in zip(costs, self._told_costs.costs, strict=False)
-        ) and len(costs) == len(self._told_costs.costs):
+        ) and (len(costs), self._transit_moved()) == (len(self._told_costs.costs), False):
             return
         chunk_cost_s = self._costs.mean_s(Work.of_chunk(steps, window=window))
         self._told_costs, self._told_costs_at = (
-            Costs(chunk_cost_s=chunk_cost_s, costs=costs, state_bytes=state_bytes),
+            Costs(chunk_cost_s=chunk_cost_s, costs=costs, state_bytes=state_bytes, transit_s=self._transit_s),
             now,
         )
         self._connection.send(self._told_costs)
+
+    def _transit_moved(self) -> bool:
+        told_s = self._told_costs.transit_s
+        return abs(self._transit_s - told_s) > max(TRANSIT_MOVE_S, COST_MOVE * told_s)
 
     def _send(self, result: Result, stream: Stream, frames: Frames | None, figures: Sequence[float] | None) -> None:
         """Hand one chunk over: the model's picture, or the camera's where that must not be shown."""

@@ -133,7 +133,8 @@ class Demand:
         # A stream batch gives a chunk back with its last step: as many chunks later as there are steps more.
         held = max((min(wish, rung.steps) for wish in self.wishes), default=1) - 1
         batch = self.settings.engine.mode == "batch"
-        return (frames - 1 + (held * frames if batch else 0)) / rung.fps + self.chunks_s(rung) + MARGIN_S
+        fill_s = (frames - 1 + (held * frames if batch else 0)) / rung.fps
+        return fill_s + self.chunks_s(rung) + self.capacity.transit_s + MARGIN_S
 
     def is_good(self, rung: Rung, load: float) -> bool:
         """Whether the rung needs at most `load` of the engine and keeps the latency budget."""

@@ -96,6 +96,17 @@ def test_the_ladder_gives_up_steps_then_size_then_frames_then_the_style() -> Non
     assert not any(rung.small or rung.light for rung in rungs(SERVER, steps_max=3, has_small=False))
 
 
+def test_a_longer_way_round_a_ring_costs_latency_and_no_load() -> None:
+    capacity, rung = capacity_of(0.1), Rung(1, False, 24)
+    near, far = (Demand(replace(capacity, transit_s=transit_s), (1,), SERVER) for transit_s in (0.0, 0.2))
+    assert far.latency_s(rung) == pytest.approx(near.latency_s(rung) + 0.2) and far.load(rung) == near.load(rung)
+    assert near.is_good(rung, PROMISE_LOAD)
+    # With the ring's way on top a chunk of two sessions is too late at any rate: the second is not let in.
+    settings = SERVER.model_copy(update={"latency_budget_s": 0.45})
+    assert Demand(capacity, (1, 1), settings).first_good([rung], PROMISE_LOAD * 2) is not None
+    assert Demand(replace(capacity, transit_s=0.2), (1, 1), settings).first_good([rung], PROMISE_LOAD * 2) is None
+
+
 def test_a_light_vae_stands_between_the_steps_and_the_size() -> None:
     ladder = rungs(SERVER, steps_max=2, has_small=True, has_light=True)
     light = [Rung(1, False, 24, light=True), Rung(1, True, 24, light=True)]
