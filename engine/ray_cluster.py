@@ -18,7 +18,9 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -276,3 +278,10 @@ class RayCluster(Cluster):
         for node, rank in list(self._ranks.values()):
             if node in self._drained:
                 rank.leave("its node is drained")
+
+
+def _take_signals_back() -> None:
+    """Have Ctrl-C and SIGTERM do what they did before: Ray's core puts a handler of its own over them as it starts."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.getsignal(number))

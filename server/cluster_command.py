@@ -20,7 +20,7 @@ def add_cluster_parser(commands: Any) -> None:
     up = actions.add_parser("up", help="make this machine a node, until `ray stop`")
     up.add_argument("--join", metavar="HOST:PORT", help="of a cluster there is (default: begin one here)")
     up.add_argument("--port", type=int, default=PORT, help=f"to begin one at (default: {PORT})")
-    up.add_argument("--host", default="127.0.0.1", help="this machine's address in the cluster (default: 127.0.0.1)")
+    up.add_argument("--host", help="this machine's address in the cluster (default: what Ray finds, never loopback)")
     up.add_argument("--cpus", type=int, help="ranks this node takes without a GPU (default: its cores)")
     up.add_argument("--gpus", type=int, help="ranks it takes with one (default: its GPUs)")
     up.set_defaults(command=_up)
@@ -40,7 +40,8 @@ def _up(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(str(error))
     command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats"]
-    command += [f"--object-store-memory={STORE_BYTES}", f"--node-ip-address={options.host}"]
+    command += [f"--object-store-memory={STORE_BYTES}"]
+    command += [f"--node-ip-address={options.host}"] if options.host else []
     if options.join:
         command.append(f"--address={options.join}")
     else:
@@ -50,7 +51,7 @@ def _up(options: argparse.Namespace) -> int:
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         return _fail(f"Ray did not start:\n{(done.stderr or done.stdout).strip()}")
-    place = options.join or f"{options.host}:{options.port}"
+    place = options.join or f"{options.host or 'THIS-MACHINE'}:{options.port}"
     print(f"This machine is a node of the cluster at {place}. `ray stop` ends it.")
     if not options.join:
         print(f"More nodes: livebrush cluster up --join {place}     Serve: livebrush serve --engine ray")
