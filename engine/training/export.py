@@ -27,6 +27,7 @@ SERVING = ServingProfile(seed=False, sizes=((256, 256), (384, 224), (224, 384), 
 # Shares of a picture that may be carried along with the camera's motion. Styles with a pattern fixed to the frame
 # (screens, tiles, strokes, paper) have none, or little where the pattern is faint.
 CARRIED = {
+    "photo": 0.25,
     "comic": 0.8,
     "neon": 0.8,
     "ukiyo": 0.85,
