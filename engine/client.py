@@ -277,7 +277,9 @@ class LocalEngine:
         self._free_regions = list(range(self.settings.max_streams))
         try:
             self._rank = await self._launch(self.settings, self.memory)
-        except OSError as error:
+        except Exception as error:
+            # A wall: a launcher of another kind may raise anything, and whoever waits for the rank must hear of it.
+            log.exception("the engine's rank cannot be started")
             return f"cannot start: {error}"
         reason = "connection closed"
         try:

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from engine.api import EngineState, FrameChunk, RankLost
+from engine.api import EngineError, EngineState, FrameChunk, RankLost
 from engine.api import StreamParams as Params
-from engine.client import LocalEngine
+from engine.client import BREAKER_DEATHS, LocalEngine
 from engine.config import EngineSettings
 from engine.frame_memory import FrameMemory
 from engine.remote_rank import RankHost, RemoteRank
@@ -87,3 +87,21 @@ async def test_who_does_not_know_the_secret_gets_nothing() -> None:
     writer.close()
     await writer.wait_closed()
     await host.close()
+
+
+async def test_a_launcher_that_raises_anything_fails_the_engine_in_words() -> None:
+    attempts: list[int] = []
+
+    async def launch(settings: EngineSettings, memory: FrameMemory) -> RemoteRank:
+        attempts.append(1)
+        raise KeyError("no such node")
+
+    engine = LocalEngine(SETTINGS, launch)
+    await engine.start()
+    try:
+        async with asyncio.timeout(120):
+            with pytest.raises(EngineError, match="no such node"):
+                await engine.wait_ready()
+    finally:
+        await engine.close()
+    assert len(attempts) == BREAKER_DEATHS
