@@ -296,7 +296,9 @@ class LocalEngine:
             limit_s = self.settings.start_timeout_s if starting else self._hang_s
             owed = starting or self._owed
             try:
-                message = await asyncio.wait_for(rank.receive(), limit_s)
+                # `wait_for` of Python 3.11 loses a cancellation that comes together with a message.
+                async with asyncio.timeout(limit_s):
+                    message = await rank.receive()
             except TimeoutError:
                 if starting:
                     return f"no progress for {limit_s:.0f} s while starting"
