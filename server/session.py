@@ -237,7 +237,8 @@ class Session:
                 log.info("session %s: its peer is lost (%s); it may come back", self.id, reason)
                 left_s = peer.last_packet_at + RESUME_S - time.monotonic()
                 try:
-                    await asyncio.wait_for(self._arrived.wait(), max(0.0, left_s))
+                    async with asyncio.timeout(max(0.0, left_s)):
+                        await self._arrived.wait()
                 except TimeoutError:
                     raise PeerGone(reason) from None
             peer = await self._take_up(door, peer)

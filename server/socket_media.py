@@ -368,7 +368,8 @@ class SocketPeer:
             while not self._line.has_room(time.monotonic()):
                 self._room.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._room.wait(), LAG_S)
+                    async with asyncio.timeout(LAG_S):
+                        await self._room.wait()
             released = await self._pictures.next()
             bitrate = self._line.bitrate
             packets = await loop.run_in_executor(
