@@ -14,7 +14,7 @@ run:  ## set everything up and serve the page at http://127.0.0.1:8080
 	@scripts/setup run
 	@$(BIN)/livebrush serve $(ARGS)
 
-test:  ## set everything up and run the tests (under 10 minutes on 2 cores)
+test:  ## set everything up and run the tests (half an hour on 2 slow cores)
 	@scripts/setup test
 	@$(BIN)/python -m pytest $(ARGS)
 
