@@ -109,7 +109,8 @@ def header_of(engine_kind: str, settings: EngineSettings, params: StreamParams) 
     return Header(
         versions=versions(),
         engine_kind="fake" if engine_kind == "fake" else "local",
-        engine=settings,
+        # As it is here: another machine's `auto` may be another one.
+        engine=settings.model_copy(update={"dtype": settings.precision}),
         model_digest="" if engine_kind == "fake" else model_digest(settings.model_dir),
         params=params,
     )

@@ -46,7 +46,7 @@ from server.stills import answer_still, wanted_format
 from tests.server.test_resume import fall_silent
 from tests.server.test_server import Visitor
 
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 SIZE = 64
 
 
@@ -449,10 +449,10 @@ def test_what_depends_on_time_is_not_recorded_for_a_replay(change: dict[str, Any
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 300 kB."""
+    """A disk of 160 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     yield folder
