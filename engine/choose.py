@@ -81,7 +81,8 @@ class Choice:
     reason: str
 
 
-NeedOf = Callable[[EngineSettings], Need]
+NeedOf = Callable[[EngineSettings, int | None], Need]
+"""What settings need of a device with so many bytes free, None where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def choose(
     Args:
         wish: settings of which only those named in `fixed` (model, device, size, max_streams) were asked for.
         steps: as asked for, or None for the model's own.
-        need_of: bytes that settings need; may raise OSError or ValueError for a model that is broken.
+        need_of: may raise OSError or ValueError for a model that is broken.
 
     Raises: ChoiceError where what is fixed cannot fit; FileNotFoundError or ValueError for a model that is none.
     """
@@ -196,7 +197,7 @@ def _first_fit(
     smallest: _Candidate | None = None
     for device in devices:
         for settings in _forms(model, device, wish, fixed):
-            candidate = _Candidate(model, device, settings, need_of(settings))
+            candidate = _Candidate(model, device, settings, need_of(settings, device.memory_bytes))
             if _fits(candidate, machine):
                 return candidate, ""
             if smallest is None or candidate.need.device_bytes < smallest.need.device_bytes:

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from engine.api import EngineError
-from engine.config import CONFIG_FILE, WAN_SERVING, ServingProfile
+from engine.config import CONFIG_FILE, MAX_STEPS, WAN_SERVING, EngineSettings, ServingProfile
 from engine.wan.presets import PRESETS, REFINE_FACTOR, TransformerConfig
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 
@@ -29,6 +29,7 @@ FRAMES_PER_PASS = 4
 PROMPTS_HELD = 2
 ALLOCATOR_SHARE = 0.25
 MAX_CURES = 4
+WhichVAEs = Literal["full", "light", "both"]
 UMT5_XXL_BYTES = 11_361_845_248  # of the published bfloat16 file's tensors
 
 
@@ -61,7 +62,7 @@ class Demand:
     streams: int = 1
     rows: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    vae: Literal["full", "light", "both"] = "full"
+    vae: WhichVAEs = "full"
     micro_batch: int = 1
     fp8: bool = False
     text_here: bool = False
@@ -128,6 +129,62 @@ def shape_of(folder: Path) -> ModelShape:
 def known_shape(name: str) -> ModelShape:
     """The shape of a Wan model that need not be there yet. Raises: KeyError."""
     return ModelShape(name, PRESETS[name], WanVAEConfig(), TAEHVConfig(), WAN_SERVING, UMT5_XXL_BYTES)
+
+
+def plan_of(settings: EngineSettings, available_bytes: int | None) -> MemoryPlan:
+    """What an engine of these settings takes of its device; its `Demand.vae` says which VAEs it holds.
+
+    With vae `auto` and a model that has two, that is both where they fit, and else the light one; a ring, where streams
+    change neither VAE nor size, holds the light one.
+
+    Args:
+        available_bytes: free on the device; None, where that is unknown, is room for all.
+
+    Raises: FileNotFoundError for no such model, ValueError for a folder that is not one. Not for want of room, which is
+        `check`.
+    """
+    shape = shape_of(settings.model_dir)
+    light = settings.vae == "light" or (settings.vae == "auto" and shape.light_vae is not None)
+    if light and settings.vae == "auto" and settings.rank_count == 1:
+        both = _plan(settings, shape, "both")
+        if available_bytes is None or both.total_bytes <= available_bytes:
+            return both
+    return _plan(settings, shape, "light" if light else "full")
+
+
+def _plan(settings: EngineSettings, shape: ModelShape, vae: WhichVAEs) -> MemoryPlan:
+    demand = Demand(
+        settings.width,
+        settings.height,
+        streams=pool_streams(settings),
+        rows=MAX_STEPS if settings.mode == "batch" else 1,
+        dtype=settings.precision,
+        vae=vae,
+        micro_batch=settings.micro_batch * settings.chunk_latents,
+        fp8=settings.fp8,
+        text_here=settings.text_device == settings.device,
+    )
+    plan = needed(shape, demand)
+    if (size := small_size(settings, shape.serving)) is not None:
+        small = needed(shape, replace(demand, width=size[0], height=size[1]))
+        parts = tuple(replace(part, name=f"{part.name}, small") for part in small.parts if part.kind == "stream")
+        plan = replace(plan, parts=(*plan.parts, *parts))
+    return plan
+
+
+def small_size(settings: EngineSettings, profile: ServingProfile) -> tuple[int, int] | None:
+    """The size at which streams can be rendered when the engine is too slow; None where there is none.
+
+    Compiled passes, steps in flight together and rings are of one size.
+    """
+    if settings.compile or settings.mode == "batch" or settings.rank_count > 1:
+        return None
+    return profile.smaller(settings.width, settings.height)
+
+
+def pool_streams(settings: EngineSettings) -> int:
+    """Streams to hold cache for. The warm-up is over before the first stream is opened, and takes the same rows."""
+    return max(settings.max_streams, settings.micro_batch)
 
 
 def needed(shape: ModelShape, demand: Demand) -> MemoryPlan:

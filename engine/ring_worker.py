@@ -33,7 +33,7 @@ from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingPr
 from engine.cost_model import Work
 from engine.frame_memory import RING_SLOTS_PER_RANK, FrameLayout, FrameMemory
 from engine.health import Verdict
-from engine.memory import check
+from engine.memory import check, pool_streams
 from engine.messages import Open, Status, StreamFailed, Submit, ToRank
 from engine.ring import Done, RingHead
 from engine.ring_group import PEER_GONE, Events, RingSpec, make_head, rank_process
@@ -52,7 +52,6 @@ from engine.worker import (
     Worker,
     check_fits,
     dtype_of,
-    pool_streams,
 )
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class RankLoader:
         model = load_model(
             settings.model_dir,
             device,
-            dtype_of(settings, device),
+            dtype_of(settings),
             vae=settings.vae,
             loras=settings.loras,
             fp8=settings.fp8,
@@ -128,7 +127,7 @@ class RingWorker(Worker):
         settings, profile = self._settings, self._settings.profile
         self._tell(EngineState.LOADING, 1, f"loading {settings.model} on {settings.rank_count} ranks")
         device = rank_device(settings, 0)
-        plan = check_fits(settings, dtype_of(settings, device), device)
+        plan = check_fits(settings, device)
         if device.type == "cpu":
             # All of them hold all weights, in one memory.
             check(plan, psutil.virtual_memory().available // settings.rank_count)

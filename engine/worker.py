@@ -14,8 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 
 from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
-from engine.config import MAX_STEPS, CacheConfig, EngineSettings, SamplingConfig, ServingProfile
+from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
 from engine.cost_model import CostModel, Work, chunk_costs
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
-from engine.memory import Demand, MemoryPlan, ModelShape, check, needed, shape_of
+from engine.memory import MemoryPlan, check, plan_of, pool_streams, small_size
 from engine.messages import (
     Close,
     Closed,
@@ -48,7 +47,7 @@ from engine.messages import (
 from engine.pipeline import Pipeline
 from engine.scheduler import Drop, Item, Picked, Scheduler
 from engine.session import SessionState
-from engine.wan.weights import Model, WhichVAE, load_model
+from engine.wan.weights import Model, load_model
 
 log = logging.getLogger(__name__)
 
@@ -172,13 +171,13 @@ class Worker:
         profile = settings.profile
         self._tell(EngineState.LOADING, 1, f"loading {settings.model}")
         device = torch.device(settings.device)
-        dtype = dtype_of(settings, device)
-        plan = check_fits(settings, dtype, device)
+        dtype = dtype_of(settings)
+        plan = check_fits(settings, device)
         model = load_model(
             settings.model_dir,
             device,
             dtype,
-            vae=which_vae(settings, plan),
+            vae=plan.demand.vae,
             loras=settings.loras,
             fp8=settings.fp8,
             text_device=settings.text_device,
@@ -189,7 +188,7 @@ class Worker:
             # Its gigabytes may take minutes, in a process of its own; a rank that says nothing is taken for dead.
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        if (size := small_size(settings)) is not None:
+        if (size := small_size(settings, profile)) is not None:
             self._small = make_pipeline(model, settings, size=size, beside=self._pipeline)
         self._costs.profile(self._warm_up(profile))
         self._pipeline.batch.seal()
@@ -503,14 +502,12 @@ class Worker:
             )
 
 
-def dtype_of(settings: EngineSettings, device: torch.device) -> torch.dtype:
-    """Of weights and activations on a device."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+def dtype_of(settings: EngineSettings) -> torch.dtype:
+    """Of weights and activations."""
+    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
-def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+def check_fits(settings: EngineSettings, device: torch.device) -> MemoryPlan:
     """Compare what the model will need with what the device has, before anything is loaded; returns the need.
 
     Raises: EngineError with the parts, the bound and the cures.
@@ -522,59 +519,11 @@ def check_fits(settings: EngineSettings, dtype: torch.dtype, device: torch.devic
     else:
         available = psutil.virtual_memory().available
     try:
-        shape = shape_of(settings.model_dir)
+        plan = plan_of(settings, available)
     except ValueError as error:
         raise EngineError(str(error)) from error
-    light = settings.vae == "light" or (settings.vae == "auto" and shape.light_vae is not None)
-    if light and settings.vae == "auto":
-        both = _plan(settings, dtype, shape, "both")
-        if both.total_bytes <= available:
-            return both
-    plan = _plan(settings, dtype, shape, "light" if light else "full")
     check(plan, available)
     return plan
-
-
-def which_vae(settings: EngineSettings, plan: MemoryPlan) -> WhichVAE:
-    """What `load_model` is asked for: both VAEs where `auto` found room for both."""
-    return "both" if plan.demand.vae == "both" else settings.vae
-
-
-def _plan(
-    settings: EngineSettings, dtype: torch.dtype, shape: ModelShape, vae: Literal["full", "light", "both"]
-) -> MemoryPlan:
-    demand = Demand(
-        settings.width,
-        settings.height,
-        streams=pool_streams(settings),
-        rows=MAX_STEPS if settings.mode == "batch" else 1,
-        dtype="bfloat16" if dtype is torch.bfloat16 else "float32",
-        vae=vae,
-        micro_batch=settings.micro_batch * settings.chunk_latents,
-        fp8=settings.fp8,
-        text_here=settings.text_device == settings.device,
-    )
-    plan = needed(shape, demand)
-    if (size := small_size(settings)) is not None:
-        small = needed(shape, replace(demand, width=size[0], height=size[1]))
-        parts = tuple(replace(part, name=f"{part.name}, small") for part in small.parts if part.kind == "stream")
-        plan = replace(plan, parts=(*plan.parts, *parts))
-    return plan
-
-
-def small_size(settings: EngineSettings) -> tuple[int, int] | None:
-    """The size at which streams can be rendered when the engine is too slow; None where there is none.
-
-    Compiled passes and steps in flight together are of one size.
-    """
-    if settings.compile or settings.mode == "batch":
-        return None
-    return settings.profile.smaller(settings.width, settings.height)
-
-
-def pool_streams(settings: EngineSettings) -> int:
-    """Streams to hold cache for. The warm-up is over before the first stream is opened, and takes the same rows."""
-    return max(settings.max_streams, settings.micro_batch)
 
 
 def make_pipeline(

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from engine.choose import CPU, Device, Machine, Model, Need
-from engine.config import CONFIG_FILE, MAX_STEPS, MODELS_DIR, EngineSettings, serving_profile, user_models_dir
-from engine.memory import Demand, needed, shape_of
+from engine.config import CONFIG_FILE, MODELS_DIR, EngineSettings, serving_profile, user_models_dir
+from engine.memory import plan_of
 
 PROBE_TIMEOUT_S = 60.0
 QUERY = "--query-gpu=index,name,memory.free"
@@ -97,26 +97,15 @@ def _read_model(folder: Path) -> Model | None:
         return None
 
 
-def need_of(settings: EngineSettings) -> Need:
-    """Bytes by part (engine.memory). Raises FileNotFoundError or ValueError for a model folder that is not one."""
-    shape = shape_of(settings.model_dir)
-    is_gpu = settings.device != CPU
-    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if is_gpu else "float32"
-    light = settings.vae == "light" or (settings.vae == "auto" and shape.light_vae is not None)
-    text_here = bool(shape.text_bytes) and settings.text_device == settings.device
-    demand = Demand(
-        width=settings.width,
-        height=settings.height,
-        streams=max(settings.max_streams, settings.micro_batch),
-        rows=MAX_STEPS if settings.mode == "batch" else 1,
-        dtype=dtype,
-        vae="light" if light else "full",
-        micro_batch=settings.micro_batch,
-        fp8=settings.fp8,
-        text_here=text_here,
-    )
-    parts = {part.name: part.size_bytes for part in needed(shape, demand).parts}
-    return Need(parts, {"text encoder": shape.text_bytes} if shape.text_bytes and not text_here else {})
+def need_of(settings: EngineSettings, available_bytes: int | None = None) -> Need:
+    """Bytes by part, as the engine will count them when it starts (`engine.memory.plan_of`).
+
+    available_bytes: free on the device, which decides whether both VAEs are held where that is left open.
+    Raises: FileNotFoundError or ValueError for a model folder that is not one.
+    """
+    plan = plan_of(settings, available_bytes)
+    text_bytes = 0 if plan.demand.text_here else plan.shape.text_bytes
+    return Need({part.name: part.size_bytes for part in plan.parts}, {"text encoder": text_bytes} if text_bytes else {})
 
 
 def cpu_title() -> str:

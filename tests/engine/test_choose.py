@@ -22,7 +22,7 @@ def gpu(gib: float | None, number: int = 0) -> Device:
     return Device(f"cuda:{number}", "Some GPU", None if gib is None else round(gib * GIB))
 
 
-def need_of(settings: EngineSettings) -> Need:
+def need_of(settings: EngineSettings, available_bytes: int | None) -> Need:
     weights, stream = SIZES[settings.model]
     area = settings.width * settings.height / (832 * 480)
     parts = {"weights": round(weights * GIB), "streams": round(settings.max_streams * stream * area * GIB)}

@@ -18,7 +18,7 @@ from engine.api import EngineError, EngineState, Frames, StreamParams, Understoo
 from engine.config import EngineSettings
 from engine.cost_model import Work
 from engine.frame_memory import FrameLayout, FrameMemory
-from engine.memory import Demand, needed, shape_of
+from engine.memory import plan_of
 from engine.messages import (
     Close,
     Closed,
@@ -40,7 +40,7 @@ from engine.session import Item, SessionState
 from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.untrained import SMALL_TAEHV, write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import WARM_UP_PROMPT, Connection, Disconnected, Worker, check_fits, make_pipeline, which_vae
+from engine.worker import WARM_UP_PROMPT, Connection, Disconnected, Worker, check_fits, dtype_of, make_pipeline
 
 SIZE, FAR = 32, 1e12
 MODES: tuple[Mode, ...] = ("sequential", "batch")
@@ -207,7 +207,8 @@ def test_chunks_come_back_in_order_as_the_pipeline_renders_them(
     assert [done.chunk for done in dones] == list(range(6 if mode == "sequential" else 5))
     assert not any(done.fault or done.reanchored for done in dones)
     assert all(done.started_at <= done.finished_at for done in dones)
-    twin = make_pipeline(load_model(model_dir, "cpu"), rank.worker._settings)
+    settings = rank.worker._settings
+    twin = make_pipeline(load_model(model_dir, "cpu", dtype_of(settings)), settings)
     state, expected = twin.open(params), []
     for chunk in range(6):
         frames = twin.upload(given(chunk, frames=4 if chunk else 1))
@@ -594,7 +595,7 @@ def test_a_wan_model_with_both_vaes_goes_to_the_light_one_and_back(
     ("asked", "room_for", "loaded"),
     [
         ("auto", "both", "both"),
-        ("auto", "light", "auto"),
+        ("auto", "light", "light"),
         ("full", "both", "full"),
         ("light", "both", "light"),
     ],
@@ -604,12 +605,13 @@ def test_both_vaes_are_loaded_where_auto_finds_room(
 ) -> None:
     write_untrained_wan(tmp_path, light_vae=SMALL_TAEHV)
     settings = EngineSettings.model_validate({"model": str(tmp_path), "width": 64, "height": 64, "vae": asked})
-    plans = {
-        vae: needed(shape_of(tmp_path), Demand(64, 64, settings.max_streams, dtype="float32", vae=vae, text_here=True))
-        for vae in ("both", "light")
+    needs = {
+        vae: plan_of(settings.model_copy(update={"vae": one}), None).total_bytes
+        for vae, one in (("both", "auto"), ("light", "light"))
     }
-    assert plans["light"].total_bytes < plans["both"].total_bytes
-    available = SimpleNamespace(available=plans[room_for].total_bytes)
+    assert needs["light"] < needs["both"]
+    available = SimpleNamespace(available=needs[room_for])
     monkeypatch.setattr("engine.worker.psutil.virtual_memory", lambda: available)
-    plan = check_fits(settings, torch.float32, torch.device("cpu"))
-    assert which_vae(settings, plan) == loaded
+    assert check_fits(settings, torch.device("cpu")).demand.vae == loaded
+    ring = settings.model_copy(update={"ranks": 2})
+    assert check_fits(ring, torch.device("cpu")).demand.vae == ("full" if asked == "full" else "light")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.choose import GIB, Device, Machine, Model
+from engine.choose import GIB, Device, Machine, Model, Need
 from engine.config import DEFAULT_MODEL, EngineSettings, ServingProfile
+from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 from server.configure import SettingsError, resolve
 from server.machine import GpuError, find_gpus, find_machine, installed_models, need_of, parse_gpus, visible
 from server.settings import ServerSettings
@@ -107,6 +108,32 @@ def test_the_need_counts_the_text_encoder_where_it_lives(tmp_path: Path) -> None
     assert "text encoder" not in apart.device and apart.host == {"text encoder": 5_000_000}
     batch = need_of(EngineSettings(model=folder, width=96, height=64, mode="batch"))
     assert batch.device["KV cache"] == 4 * here.device["KV cache"]
+
+
+def test_the_need_is_of_both_vaes_where_they_fit_and_else_of_the_light_one(tmp_path: Path) -> None:
+    folder = write_wan(tmp_path / "wan-small")
+    config = json.loads((folder / "config.json").read_text())
+    vaes = {"vae": WanVAEConfig().model_dump(), "light_vae": TAEHVConfig().model_dump()}
+    (folder / "config.json").write_text(json.dumps(config | vaes))
+    settings = EngineSettings(model=str(folder), width=96, height=64, device="cuda:0", max_streams=1)
+    both = need_of(settings)
+    assert {"VAE", "light VAE"} <= both.device.keys()
+    assert need_of(settings, both.device_bytes) == both
+    light = need_of(settings, both.device_bytes - 1)
+    assert "VAE" not in light.device and light.device_bytes < both.device_bytes
+    assert need_of(settings.model_copy(update={"vae": "light"}), both.device_bytes) == light
+
+    def chosen(free: int) -> Need:
+        machine = Machine((HOST, Device("cuda:0", "Some GPU", free)), ())
+        flags: Flags = {("engine", "model"): ("--model", str(folder))}
+        choice = resolve(None, {}, flags, look=lambda: machine).choice
+        assert choice is not None and choice.settings.max_streams == 4
+        return choice.need
+
+    # What is told is what will be loaded.
+    four = settings.model_copy(update={"max_streams": 4})
+    assert chosen(need_of(four).device_bytes) == need_of(four)
+    assert chosen(need_of(four).device_bytes - 1) == need_of(four, 0)
 
 
 # --- settings
