@@ -67,8 +67,12 @@ def _profile(settings: EngineSettings) -> ServingProfile:
 
 
 @contextlib.asynccontextmanager
-async def running_server(settings: ServerSettings, engine: Engine) -> AsyncIterator[tuple[SessionContext, int]]:
+async def running_server(
+    settings: ServerSettings, engine: Engine, *, hurry: asyncio.Event | None = None
+) -> AsyncIterator[tuple[SessionContext, int]]:
     """A listening server over an engine it starts and closes; yields its context and port.
+
+    Left without an error it is emptied first, where `drain_s` says so; once `hurry` is set nothing is waited for.
 
     Raises: OSError when a port is taken or the TLS files cannot be used, FileNotFoundError for an unknown model,
         ValueError for a server that is reached from elsewhere, without tokens.
@@ -120,6 +124,8 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
             osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
             async with recordings, registry, osc:
                 yield context, port
+                if settings.drain_s and registry.open_sessions:
+                    await registry.drain(settings.drain_s, hurry)
         finally:
             await runner.cleanup()
             await admin.cleanup()
@@ -127,15 +133,15 @@ async def running_server(settings: ServerSettings, engine: Engine) -> AsyncItera
 
 
 async def serve(settings: ServerSettings) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status."""
-    stop = asyncio.Event()
+    """Serve until SIGINT or SIGTERM, of which a second one cuts the emptying short; returns the exit status."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     settings = _with_tokens(settings)
     engine = make_engine(settings)
     try:
-        async with running_server(settings, engine) as (_, port):
+        async with running_server(settings, engine, hurry=hurry) as (_, port):
             scheme = "https" if settings.tls_cert else "http"
             print(f"Livebrush is at {scheme}://{settings.host}:{port}  (Ctrl-C stops it)", flush=True)
             await stop.wait()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from server.camera_command import add_camera_parser
 from server.cluster_command import add_cluster_parser
+from server.drain_command import add_drain_parser
 from server.link_command import add_link_parser
 from server.load import add_load_parser
 from server.models_command import add_models_parser
@@ -64,6 +65,7 @@ def serve(options: argparse.Namespace) -> int:
         (("steps",), "--steps", options.steps),
         (("max_fps",), "--fps", options.fps),
         (("osc_port",), "--osc-port", options.osc_port),
+        (("drain_s",), "--drain", options.drain),
         (("recordings", "dir"), "--recordings", options.recordings),
     ]
     try:
@@ -208,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add_models_parser(commands)
     add_camera_parser(commands)
     add_cluster_parser(commands)
+    add_drain_parser(commands)
     add_link_parser(commands)
     add_load_parser(commands)
     add_plan_parser(commands)
@@ -242,6 +245,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), help="kernel of self attention")
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile: slower start, faster run")
     parser.add_argument("--osc-port", type=int, metavar="PORT", help="steer by OSC on this UDP port of loopback")
+    parser.add_argument(
+        "--drain", type=float, metavar="SECONDS", help="for sessions to end after SIGTERM, before they are moved (0)"
+    )
     parser.add_argument(
         "--recordings", type=Path, metavar="DIR", help="let sessions be recorded there (default: nothing is recorded)"
     )

@@ -54,7 +54,7 @@ def needed_role(method: str, path: str) -> Role | None:
     if parts[0] != "api" or len(parts) < 3:
         return None
     reads = method in (hdrs.METH_GET, hdrs.METH_HEAD)
-    if parts[2] == "sessions" and len(parts) == 3:
+    if parts[2:] in (["sessions"], ["drain"]):
         return Role.ADMIN
     return Role.VIEW if reads and parts[2] in FOR_VIEWERS else Role.PUBLISH
 

@@ -36,6 +36,11 @@ class ServerMetrics:
         self.ended = Counter(
             "livebrush_sessions_ended", "Sessions ended, by reason", ["reason"], registry=self.registry
         )
+        self.moved = Counter(
+            "livebrush_sessions_moved",
+            "Sessions told to go on elsewhere, because the server was being emptied",
+            registry=self.registry,
+        )
         self.resumed = Counter(
             "livebrush_sessions_resumed",
             "Pages that came back by their token, to a session that ran or had ended",

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.control import RecordingWish, SceneGo, SceneList, SessionChange
+from server.drain import DrainWish
 from server.guard import needed_role
 from server.links import LinkWish
 
@@ -83,6 +84,8 @@ CALLS = (
     Call("get", "/api/v1/ice-servers", "RTCConfiguration for a page", ((200, "iceServers"),)),
     Call("get", "/api/v1/openapi.json", "This document", ((200, "an OpenAPI document"),)),
     Call("post", "/api/v1/links", "Make a link that expires", ((201, "the link"), (400, "broken")), LinkWish),
+    Call("post", "/api/v1/drain", "Empty this server (docs/scale.md)", ((202, "it has begun"),), DrainWish),
+    Call("delete", "/api/v1/drain", "Take new sessions again", ((200, "they are"),)),
     Call("get", "/api/v1/sessions", "Every open session", ((200, "the sessions"),)),
     *_steered("/api/v1/sessions/{id}", "session"),
     Call("get", "/api/v1/streams", "Every published stream", ((200, "the streams"),)),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from server.control import ControlError, check_steps, shown_params
 from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
 from server.host import FrameCap, HostMeter
 from server.ladder import Ladder, Rung, Signals
+from server.node_name import new_session_id
 from server.peer import answer_offer
 from server.resume import Connect, Kept, ResumeBook, Wish
 from server.session import Outlet, Session, SessionContext
@@ -34,6 +34,10 @@ CLOSE_TIMEOUT_S = 5.0
 GOODBYE_S = 0.1
 # Of a server that stops: the next one is up by then.
 RETRY_AFTER_S = 5.0
+# Between two sessions that are moved, so that the servers they go to answer one offer after another; all of them are
+# told within MOVE_ALL_S.
+MOVE_PAUSE_S = 0.25
+MOVE_ALL_S = 5.0
 SAMPLE_PERIOD_S = 0.25
 # Samples between two looks at the machine.
 TICK_SAMPLES = 8
@@ -73,7 +77,7 @@ class SessionRegistry:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._classes: dict[str, str] = {}
         self._stays = Stays()
-        self._tokens = ResumeBook()
+        self._tokens = ResumeBook(context.node)
         self._ladder = self._new_ladder(context.settings.steps)
         self._meter, self._cap = HostMeter(), FrameCap(context.settings)
         self._process = psutil.Process()
@@ -82,7 +86,8 @@ class SessionRegistry:
         # Frames of each session that the ladder has been told of: due, missed.
         self._told: dict[str, tuple[int, int]] = {}
         self._watch_task: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing = self._draining = False
+        self._drain_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> SessionRegistry:
         self._watch_task = asyncio.create_task(self._watch(), name="registry/watch")
@@ -92,6 +97,7 @@ class SessionRegistry:
         self._closing = True
         assert self._watch_task is not None
         self._watch_task.cancel()
+        self._stop_drain()
         if self._sessions:
             for session in self._sessions.values():
                 session.announce_closing()
@@ -103,6 +109,17 @@ class SessionRegistry:
     def open_sessions(self) -> int:
         """Seats taken, counted from the offer on."""
         return len(self._tasks)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new sessions are refused, because the server is being emptied."""
+        return self._draining
+
+    @property
+    def retry_after_s(self) -> float:
+        """When a seat is expected to be free, seconds from now."""
+        now = self._context.clock()
+        return self._stays.retry_after_s(now - session.metrics.offered_at for session in self._sessions.values())
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -140,10 +157,12 @@ class SessionRegistry:
     async def enter(self, connect: Connect, wish: Wish) -> Entry:
         """Open a session for a page, or have a page go on with the one that its token names; returns once it is open.
 
-        A page that comes back needs no other seat than its own.
+        A page that comes back needs no other seat than its own, and finds it on a server that is being emptied too.
 
         Raises: BadRequest for more steps than the model has timesteps for; else as `answer`.
         """
+        if self._closing:
+            raise _shutting_down()
         try:
             check_steps(wish.params, self._context.steps_max)
         except ControlError as error:
@@ -171,6 +190,7 @@ class SessionRegistry:
             transition_s=kept.transition_s,
             bypass=kept.bypass,
             own_class=wish.own_class,
+            returning=resumed,
         )
         return self._entry(session, resumed=resumed)
 
@@ -219,14 +239,22 @@ class SessionRegistry:
         bypass: bool,
         own_class: str,
         outlet: Outlet | None = None,
+        returning: bool = False,
     ) -> Session:
-        """Open a session for a connection; returns once that is open. Its seat is taken from this call on."""
+        """Open a session for a connection; returns once that is open. Its seat is taken from this call on.
+
+        returning: it was here a moment ago.
+        """
         if self._closing:
-            raise ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)
+            raise _shutting_down()
+        if self._draining and not returning:
+            raise ShuttingDown(
+                "this server is being emptied and takes no new sessions", code="draining", retry_after_s=RETRY_AFTER_S
+            )
         self._admit(own_class)
         if not self._sessions:
             self._ladder = self._new_ladder(params.steps)
-        session_id = secrets.token_urlsafe(16)
+        session_id = new_session_id(self._context.node)
         session = Session(
             session_id,
             self._context,
@@ -264,16 +292,58 @@ class SessionRegistry:
         message = f"all {all_seats} seats of this server are taken" if all_seats > 1 else "the one seat here is taken"
         if left > 0:
             message = f"{left} of {all_seats} seats are free, and kept for {' or '.join(sorted(reserved))}"
-        now = self._context.clock()
         raise Full(
             message,
-            retry_after_s=self._stays.retry_after_s(now - s.metrics.offered_at for s in self._sessions.values()),
+            retry_after_s=self.retry_after_s,
             details={"seats": all_seats, "open": self.open_sessions},
         )
 
     async def close(self, name: str) -> None:
         """End a session; its peer, seat and threads are free when this returns. Raises NotFound."""
         await self._end([self.get(name).id])
+
+    # --- emptying the server
+
+    def start_drain(self, wait_s: float) -> None:
+        """Begin `drain` in the background; one that runs gives way to it."""
+        self._stop_drain()
+        self._draining = True
+        self._drain_task = asyncio.create_task(self.drain(wait_s), name="registry/drain")
+
+    def undo_drain(self) -> None:
+        """Take new sessions again; those that were moved are gone."""
+        self._stop_drain()
+        self._draining = self._closing = False
+        log.info("drain: undone, new sessions are taken")
+
+    async def drain(self, wait_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Empty the server: no new sessions, `wait_s` for those in place to end, then the rest are moved.
+
+        A session is moved by being told to connect again at once, and ended: behind a gateway its page, with all that
+        it had set, comes back on another server. Returns when none is left.
+
+        hurry: once set, nothing is waited for any more.
+        """
+        self._draining = True
+        log.info("drain: %d sessions, up to %.0f s for them to end", self.open_sessions, wait_s)
+        for session in self.sessions:
+            session.announce_draining(wait_s)
+        until = self._context.clock() + wait_s
+        while self._tasks and self._context.clock() < until and not (hurry and hurry.is_set()):
+            await asyncio.wait(list(self._tasks.values()), timeout=SAMPLE_PERIOD_S)
+        self._closing = True
+        moved = self.sessions
+        for session in moved:
+            session.announce_closing(reconnect_after_s=0.0)
+            self._context.metrics.moved.inc()
+            await asyncio.sleep(max(GOODBYE_S, min(MOVE_PAUSE_S, MOVE_ALL_S / len(moved))))
+        await self._end(list(self._tasks))
+        log.info("drain: done, %d sessions were moved", len(moved))
+
+    def _stop_drain(self) -> None:
+        if self._drain_task is not None:
+            self._drain_task.cancel()
+            self._drain_task = None
 
     async def _end(self, session_ids: list[str]) -> None:
         tasks = [self._tasks[session_id] for session_id in session_ids if session_id in self._tasks]
@@ -395,3 +465,7 @@ class SessionRegistry:
                 self._measure(cpu_share)
                 metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
                 lag_s = 0.0
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; try again in a moment", retry_after_s=RETRY_AFTER_S)

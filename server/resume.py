@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from engine.api import StreamParams
 from server.control import ParamsChange
 from server.errors import ServerError
 from server.frames import CameraFrame, FrameMark, OutgoingFrame
+from server.node_name import new_resume_token
 
 RESUME_S = 30.0
 MAX_KEPT = 256
@@ -156,13 +156,15 @@ class _Entry:
 class ResumeBook:
     """Which token belongs to which session. Pure: instants, monotonic seconds, are passed in."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: str = "") -> None:
+        """node: the server's name, which every token begins with."""
+        self._node = node
         self._entries: dict[str, _Entry] = {}
         self._sessions: dict[bytes, str] = {}
 
     def issue(self, session_id: str) -> str:
         """A token for a session; the one before stays good until `confirm`."""
-        token = secrets.token_urlsafe(24)
+        token = new_resume_token(self._node)
         entry = self._entries.setdefault(session_id, _Entry())
         entry.tokens.append(_digest(token))
         self._sessions[entry.tokens[-1]] = session_id

@@ -39,6 +39,7 @@ from server.frames import OutgoingFrame
 from server.ingest import ChunkAssembler, RateGate, to_rgb
 from server.ladder import Rung
 from server.metrics import ServerMetrics, SessionMetrics
+from server.node_name import new_node_name
 from server.pacer import Pacer
 from server.peer import Peer, PeerGone
 from server.presenter import RESTYLED, Picture, Presenter
@@ -100,6 +101,8 @@ class SessionContext:
     seed: bool = True
     style_names: Mapping[str, str] = field(default_factory=dict)
     recordings: Recordings | None = None
+    node: str = field(default_factory=new_node_name)
+    """This run's name, for who stands before several servers."""
 
 
 class Outlet(Protocol):
@@ -722,9 +725,15 @@ class Session:
     def _on_recording(self, recording: Recording, message: str) -> None:
         self._notice("recording", message, **recording.shown())
 
-    def announce_closing(self) -> None:
+    def announce_draining(self, moves_in_s: float) -> None:
+        """Tell the page that the server takes no new sessions, and when it ends this one."""
+        message = "This server is being emptied; the page then goes on elsewhere."
+        self._notice("draining", message, moves_in_s=moves_in_s)
+
+    def announce_closing(self, *, reconnect_after_s: float = 2.0) -> None:
         """Tell the page that the server goes and when to come back."""
-        self._notice("closing", "The server is stopping; the page comes back by itself.", reconnect_after_s=2.0)
+        message = "The server is stopping; the page comes back by itself."
+        self._notice("closing", message, reconnect_after_s=reconnect_after_s)
 
     def _notice(self, code: str, message: str, **fields: object) -> None:
         if self.peer is not None:

@@ -24,6 +24,7 @@ from server.roles import Role
 # Goes into a header as it is.
 TURN_URL = re.compile(r"turns?:[A-Za-z0-9._\-\[\]:]{1,200}(\?transport=(udp|tcp))?")
 MIN_TOKEN_CHARS = 16
+MAX_DRAIN_S = 3600.0
 WEB_DIR = Path(__file__).parent.parent / "web"
 
 
@@ -183,6 +184,13 @@ class ServerSettings(BaseModel):
     osc_host: str = Field(
         default="127.0.0.1",
         description="address to listen on for OSC, which knows no tokens: whoever reaches it steers every session",
+    )
+    drain_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=MAX_DRAIN_S,
+        description="after SIGTERM: sessions get so long to end, then they are moved to other servers, if a gateway is"
+        " there; 0: they are told to come back in 2 s and ended",
     )
     max_viewers: PositiveInt = Field(default=16, description="WHEP viewers of all streams together")
     recordings: RecordingSettings = RecordingSettings()

@@ -12,9 +12,11 @@ from typing import Any
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
+from engine.api import EngineState
 from server.access import Access
 from server.bodies import MAX_BODY_BYTES, read_json
 from server.catalogue import model_name
+from server.drain import drain_routes
 from server.errors import ServerError, problem
 from server.guard import Guard
 from server.health import health_routes
@@ -89,6 +91,7 @@ class Signalling:
             [
                 *health_routes(self._context.engine),
                 link_route(self._access),
+                *drain_routes(self._registry, self._context.settings),
                 web.get("/api/v1/version", self._version),
                 web.get("/api/v1/models", self._models),
                 web.get("/api/v1/ice-servers", self._ice_servers),
@@ -163,6 +166,11 @@ class Signalling:
         ]
         return web.json_response(
             {
+                "node": self._context.node,
+                "ready": self._context.engine.status.state is EngineState.READY,
+                "draining": registry.draining,
+                "streams": self._whip.names(),
+                "retry_after_s": round(registry.retry_after_s, 1),
                 "open": registry.open_sessions,
                 "seats": registry.seats,
                 "fps": registry.rung.fps,

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import logging
 import re
-import secrets
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from server.errors import (
     Unsupported,
 )
 from server.matte import MatteProcess, asked_form
+from server.node_name import new_session_id
 from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
 from server.resume import Link
@@ -291,7 +291,7 @@ class Whip(Collector):
         if count >= most:
             raise Full(f"all {most} places for viewers are taken (max_viewers)", retry_after_s=VIEWERS_FULL_RETRY_S)
         answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        viewer = Viewer(secrets.token_urlsafe(16), _ufrag(offer_sdp), Feed(stream.broadcast, form), answered)
+        viewer = Viewer(new_session_id(self._context.node), _ufrag(offer_sdp), Feed(stream.broadcast, form), answered)
         stream.viewers[viewer.id] = viewer
         viewer.task = asyncio.create_task(self._run_viewer(stream, viewer, offer_sdp), name=f"{viewer.id}/viewer")
         async with asyncio.timeout(NEGOTIATION_TIMEOUT_S + CLOSE_TIMEOUT_S):
@@ -375,6 +375,10 @@ class Whip(Collector):
             "broadcast": dict(stream.broadcast.counters),
         }
 
+    def names(self) -> dict[str, bool]:
+        """The streams that are here, those that wait for their publisher too, and whether each has one now."""
+        return {stream.name: self._publisher(stream) is not None for stream in self._streams.values()}
+
     # --- figures
 
     def collect(self) -> Iterator[Metric]:
@@ -413,7 +417,8 @@ class Whip(Collector):
                     continue
                 if stream.gone_at is None:
                     stream.gone_at = now
-                if not stream.viewers or now - stream.gone_at >= RETURN_S:
+                # Of a server that is emptied the publisher comes back elsewhere, and viewers find it there.
+                if not stream.viewers or self._registry.draining or now - stream.gone_at >= RETURN_S:
                     log.info("stream %s ended; %d viewers with it", stream.name, len(stream.viewers))
                     await self._forget(stream)
 

@@ -7,6 +7,7 @@ import { ConnectionLost, Line } from "./line.js";
 import { FrameMeter } from "./measure.js";
 
 const SOCKET_URL = "/api/v1/socket";
+const NODE_CHARS = 8;
 const PICTURE = 1;
 const KEY_PICTURE = 2;
 const RECEIPT = 3;
@@ -63,7 +64,10 @@ export class SocketConnection extends Line {
   async open(params, bypass, resume = null) {
     const format = (await hasVp8()) ? "vp8" : "jpeg";
     if (this._closed) return null;
-    this.#socket = new WebSocket(new URL(SOCKET_URL, location.href.replace(/^http/, "ws")), protocols());
+    const url = new URL(SOCKET_URL, location.href.replace(/^http/, "ws"));
+    // Of several servers behind one address the token's first characters name the one that has the session.
+    if (resume) url.searchParams.set("node", resume.token.slice(0, NODE_CHARS));
+    this.#socket = new WebSocket(url, protocols());
     this.#socket.binaryType = "arraybuffer";
     const hello = { v: 1, type: "hello", sends: format, shows: format, told: this.#told, params, bypass, ...(resume ? { resume } : {}) };
     const answer = await this.#welcome(hello);
