@@ -274,7 +274,7 @@ class Pipeline:
     @property
     def _plain(self) -> bool:
         """Whether pixels are wanted in the model's dtype alone."""
-        return self.sampling.motion is None
+        return self.sampling.motion is None and self._steady is None
 
     def take_in(self, state: SessionState, pixels_TCHW: Tensor) -> Item:
         """Encode a chunk and lay out its steps.

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.api import StreamParams
+from engine.config import EngineSettings
 from engine.pipeline import Pipeline
 from engine.training.card import measured, with_figures
 from engine.training.classifier import StyleVectors, style_judge
@@ -48,6 +49,7 @@ from engine.training.playback import drift, pipeline_for, play, restyle_clip, ro
 from engine.training.sheets import contact_sheet, motion_strip, save_jpeg, save_png
 from engine.training.teachers import TEACHERS
 from engine.wan.weights import CARD_FILE, Model, load_model
+from engine.worker import dtype_of
 
 __all__ = ["evaluate", "psnr", "restyle_clip"]
 
@@ -327,15 +329,16 @@ def evaluate(
 def run(plan: Plan) -> dict[str, Any]:
     """Measure, draw and write what `plan` says; returns what evaluation.json holds."""
     cv2.setNumThreads(1)
-    models = {"model": load_model(plan.model, "cpu")}
+    dtype = dtype_of(EngineSettings())  # as it is served on this machine
+    models = {"model": load_model(plan.model, "cpu", dtype)}
     if plan.compare:
-        models["compare"] = load_model(plan.compare, "cpu")
+        models["compare"] = load_model(plan.compare, "cpu", dtype)
     listed = {style.id for model in models.values() for style in model.styles.styles}
     styles = [style for style in TEACHERS if style in BY_ID]
     teachers = Teachers(plan.work, [style for style in styles if style in listed])
     judge, vectors = style_judge(plan.people, plan.work, teachers), StyleVectors()
     figures: dict[str, Any] = {
-        "format": 2,
+        "format": 3,
         "model": models["model"].config.name,
         "sha256": models["model"].config.sha256,
         "compare": str(plan.compare) if plan.compare else None,
@@ -343,8 +346,12 @@ def run(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps,
         "offers_seed": models["model"].config.serving.seed,
         "unknown_styles": [style for style in styles if style not in listed],
-        "speed": {_text(size): _rounded(speed(models["model"], size)) for size in SPEED_SIZES},
-        "files": _rounded(weight(plan.model)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "speed": {
+            str(kind).removeprefix("torch."): speeds(load_model(plan.model, "cpu", kind))
+            for kind in dict.fromkeys((dtype, torch.float32))
+        },
+        "files": _rounded(weight(plan.model, dtype)),
         "sizes": {},
     }
     for size in plan.sizes:
@@ -359,6 +366,11 @@ def run(plan: Plan) -> dict[str, Any]:
             draw(bench, plan)
     write(plan, figures)
     return figures
+
+
+def speeds(model: Model) -> dict[str, dict[str, float]]:
+    """By size, on this thread."""
+    return {_text(size): _rounded(speed(model, size)) for size in SPEED_SIZES}
 
 
 def run_size(bench: Bench, *, whole: bool) -> dict[str, Any]:

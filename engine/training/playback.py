@@ -71,8 +71,8 @@ def restyle_clip(model: Model, clip_THWC: Clip, prompt: str, seed: int = 0) -> C
 @torch.inference_mode()
 def round_trip(model: Model, clip_THWC: Clip) -> Clip:
     """A clip of 1 + 4k frames through the autoencoder alone: what the transformer could reach at best."""
-    latent = model.vae.encode(to_tensor(clip_THWC[None]), VAEState())[0]
-    return np.asarray(to_uint8(decode_clip(model.vae, latent))[0])
+    latent = model.vae.encode(to_tensor(clip_THWC[None]).to(model.dtype), VAEState())[0]
+    return np.asarray(to_uint8(decode_clip(model.vae, latent).float())[0])
 
 
 # --- a long stream
@@ -136,9 +136,9 @@ def speed(model: Model, size: tuple[int, int]) -> dict[str, float]:
     return {"chunk_ms": wall_ms, "fps": each / wall_ms, "chunk_cpu_ms": cpu_ms, "cpu_fps": each / cpu_ms}
 
 
-def weight(folder: Path) -> dict[str, float]:
+def weight(folder: Path, dtype: torch.dtype) -> dict[str, float]:
     """Megabytes of a model folder, and seconds from opening it to the first restyled frame in this process."""
     size_mb = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     began = time.perf_counter()
-    restyle_clip(load_model(folder, "cpu"), np.zeros((1, 256, 256, 3), np.uint8), "watercolor painting")
+    restyle_clip(load_model(folder, "cpu", dtype), np.zeros((1, 256, 256, 3), np.uint8), "watercolor painting")
     return {"size_mb": size_mb, "load_s": time.perf_counter() - began}

@@ -217,6 +217,11 @@ def _load_single(
     for prefix, module in (("transformer.", transformer), ("vae.", vae)):
         own = {key: tensors[prefix + key].to(target.device, target.dtype) for key in module.state_dict()}
         module.load_state_dict(own, assign=True)
+    if target.device.type == "cpu" and target.dtype is torch.bfloat16:
+        # A tenth of a chunk's time on a CPU with AMX; in float32 the other order is the faster one.
+        for layer in (*transformer.modules(), *vae.modules()):
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     try:
         text = StaticTextEncoder.from_tensors(
             _below("text.", tensors), config.transformer.text_len, [style.id for style in styles]

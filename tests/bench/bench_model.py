@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from engine.api import StreamParams
-from engine.config import DEFAULT_MODEL, MODELS_DIR
+from engine.config import DEFAULT_MODEL, MODELS_DIR, EngineSettings
 from engine.pipeline import Pipeline
 from engine.wan.untrained import untrained_model
 from engine.wan.weights import Model, load_model
+from engine.worker import dtype_of
 
 
 class PartTimer:
@@ -45,11 +46,11 @@ class PartTimer:
         return result
 
 
-def find_model(folder: Path | None) -> Model:
+def find_model(folder: Path | None, dtype: torch.dtype) -> Model:
     """The model to time."""
     folder = folder or MODELS_DIR / DEFAULT_MODEL
     if (folder / "config.json").is_file():
-        return load_model(folder, "cpu")
+        return load_model(folder, "cpu", dtype)
     return untrained_model()
 
 
@@ -79,6 +80,7 @@ def bench(model: Model, width: int, height: int, steps: int, chunks: int) -> dic
         "model": model.config.name,
         "size": f"{width}x{height}",
         "steps": steps,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "parts": parts,
         "fps": round(4000 / parts["whole chunk"]["wall_ms"], 1),
@@ -94,10 +96,12 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as served here")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = bench(find_model(options.model), options.width, options.height, options.steps, options.chunks)
+    model = find_model(options.model, dtype_of(EngineSettings(dtype=options.dtype)))
+    result = bench(model, options.width, options.height, options.steps, options.chunks)
     if options.json:
         print(json.dumps(result))
         return

@@ -143,12 +143,12 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert (work / "sheet_quick.png").exists() and (work / "motion_quick.png").exists()
     cost = {"fps": 40.0, "chunk_ms": 100.0, "cpu_fps": 41.0}
     return {
-        "format": 2,
+        "format": 3,
         "sha256": "0" * 64,
         "frames": 13,
         "steps": 1,
         "compare": None,
-        "speed": {"256x256": cost, "384x224": cost},
+        "speed": {"float32": {"256x256": cost, "384x224": cost}},
         "files": {"size_mb": 1.0, "load_s": 2.0},
         "prompts": {"model": bench.run_prompts("model", [("thermal", "what a missile sees"), ("oil", "louvre")])},
         "sizes": {"128x128": found},
