@@ -43,6 +43,11 @@ def user_models_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "livebrush" / "models"
 
 
+def user_cache_dir() -> Path:
+    """Where what can be found out again is kept: below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "livebrush"
+
+
 @cache
 def has_amx() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 (Intel AMX), where Linux tells so.
@@ -250,6 +255,11 @@ class EngineSettings(BaseModel):
     )
     threads: PositiveInt = Field(default=1, description="torch threads on CPU; the other cores do WebRTC")
     max_streams: PositiveInt = Field(default=4, le=64, description="streams to preallocate frame memory for")
+    costs_dir: Literal["auto", "off"] | Path = Field(
+        default="auto",
+        description="folder where what passes have cost is kept for the next start; auto: the user's cache "
+        "(~/.cache/livebrush/costs); off: nothing is kept",
+    )
     start_timeout_s: float = Field(default=120.0, gt=0, description="a rank silent this long while starting is dead")
 
     @model_validator(mode="after")
@@ -297,6 +307,13 @@ class EngineSettings(BaseModel):
     def replica_count(self) -> int:
         """Groups."""
         return 1 if self.replicas == AUTO else int(self.replicas)
+
+    @property
+    def costs_folder(self) -> Path | None:
+        """Where learned costs are kept; None: nowhere."""
+        if self.costs_dir == "off":
+            return None
+        return user_cache_dir() / "costs" if self.costs_dir == AUTO else Path(self.costs_dir)
 
     @property
     def model_dir(self) -> Path:

@@ -11,7 +11,8 @@ by least squares of the relative
 error, recursively, each pass counting a little less than the next (`FORGETTING`). Passes seldom tell all coefficients
 apart, so these are held in proportion to a prior: what has not been seen lately is taken to have become slower by as
 much as what has. Hence one pass is enough for a sane figure of any other, and a machine that slows down under one
-kind of work is not believed to be fast at the rest. `profile` makes what a warm-up has measured the prior.
+kind of work is not believed to be fast at the rest. `profile` makes what a warm-up has measured the prior, or what an
+earlier run has learned where the two agree.
 
 A mean says what a device can carry; whether one pass will be in time needs more. `upper_s` is the mean times a
 quantile of observed over predicted of the last passes.
@@ -46,6 +47,9 @@ CHANGED_PASSES = 3
 # A single pass this far above the prediction is a compilation or a stopped process, not a cost.
 OUTLIER_RATIO = 8.0
 OUTLIERS_BELIEVED = 3
+# Beside video on the same cores a pass takes 1.5 times what it takes in a warm-up: a learned cost this far from the
+# measured one still is of the same device.
+AGREEING_RATIO = 2.0
 QUANTILE = 0.95
 RATIOS_KEPT = 100
 # Until that many ratios are known the factor is at least FIRST_FACTOR.
@@ -194,14 +198,30 @@ class CostModel:
         self.passes += 1
         return True
 
-    def profile(self, passes: Sequence[tuple[Work, float]]) -> None:
+    def profile(self, passes: Sequence[tuple[Work, float]], learned: CostModel | None = None) -> int:
         """Begin anew from measured passes, all of the same weight, in seconds. They become the prior.
 
+        Args:
+            learned: by an earlier run, which has seen passes in service, where they take longer. What it says stands
+                for each pass of which it is no more than AGREEING_RATIO off; farther off, the device has changed, and
+                what was measured now stands. Where it stands for most, its spread does too.
+
+        Returns: for how many passes it stands.
         Raises: ValueError for a time that is not positive.
         """
         if not all(0 < seconds < math.inf for _, seconds in passes):
             raise ValueError("a profile's passes must have taken more than 0 s")
-        size = len(self._prior)
+        size, standing = len(self._prior), 0
+        ratios: tuple[float, ...] = ()
+        if learned is not None:
+            known = [(work, learned.mean_s(work), seconds) for work, seconds in passes]
+            agreeing = [1 / AGREEING_RATIO <= known_s / seconds <= AGREEING_RATIO for _, known_s, seconds in known]
+            standing = sum(agreeing)
+            passes = [
+                (work, known_s if agrees else seconds)
+                for (work, known_s, seconds), agrees in zip(known, agreeing, strict=True)
+            ]
+            ratios = tuple(learned._ratios) if 2 * standing > len(passes) else ()
         if passes:
             moments, targets = np.zeros((size, size)), np.zeros(size)
             for work, seconds in passes:
@@ -210,16 +230,18 @@ class CostModel:
                 targets += terms
             # Such a prior may be of another scale by far: the tie is to a common factor, so that does not matter.
             scale = float(targets.sum() / moments.sum())
-            learned = _fit(moments * scale**2, targets * scale) * scale
+            fitted = _fit(moments * scale**2, targets * scale) * scale
             # What the profile gave nothing to keeps a little, or it could never be scaled up again.
-            self._prior = np.maximum(learned, FLOOR * scale) * self._prior
+            self._prior = np.maximum(fitted, FLOOR * scale) * self._prior
             self._coefficients = tuple(map(float, self._prior))
         self._moments = PROFILE_WEIGHT * np.eye(size)
         self._targets = np.full(size, PROFILE_WEIGHT)
         self.passes = len(passes)
         self._ratios.clear()
-        self._factor = FIRST_FACTOR
+        self._ratios.extend(ratios)
+        self._factor = _factor(self._ratios)
         self._side = self._run = self._run_ratios = self._outliers = 0
+        return standing
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as JSON values; `from_snapshot` goes on from there as if nothing had been."""

@@ -96,6 +96,11 @@ class MemoryPlan:
         """Sum of the parts."""
         return sum(part.size_bytes for part in self.parts)
 
+    @property
+    def stream_bytes(self) -> int:
+        """Of one stream."""
+        return sum(part.size_bytes for part in self.parts if part.kind == "stream") // self.demand.streams
+
     def table(self) -> str:
         """The parts and their sum, one a line."""
         rows = [(part.name, part.size_bytes) for part in self.parts] + [("in all", self.total_bytes)]

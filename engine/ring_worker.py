@@ -131,6 +131,7 @@ class RingWorker(Worker):
         if device.type == "cpu":
             # All of them hold all weights, in one memory.
             check(plan, psutil.virtual_memory().available // settings.rank_count)
+        learned = self._recall(device, plan)
         spec = RingSpec(
             settings.rank_count,
             settings.width,
@@ -157,10 +158,9 @@ class RingWorker(Worker):
         while model.text.request(WARM_UP_PROMPT) is None:
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        self._costs.profile(self._warm_up_ring(profile))
+        self._profile(self._warm_up_ring(profile), learned)
         self._scheduler = Scheduler(self._costs, window=self._pipeline.pool.window)
-        state_bytes = sum(part.size_bytes for part in plan.parts if part.kind == "stream") // pool_streams(settings)
-        self._tell_costs(time.monotonic(), state_bytes)
+        self._tell_costs(time.monotonic(), plan.stream_bytes)
         self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
 
     def close(self) -> None:
@@ -358,6 +358,7 @@ def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
         worker.run()
     except Disconnected:
         log.debug("rank stops: the server closed the connection")
+        worker.keep_costs()
         code = 0
     except PeerGone as gone:
         log.error("the group ends: %s", gone)

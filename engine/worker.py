@@ -21,8 +21,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
+from engine.api import ChunkCostAt, EngineError, EngineState, Frames, StreamParams, Understood
 from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
+from engine.cost_file import CostFile, Learned, cost_file, cpu_title
 from engine.cost_model import CostModel, Work, chunk_costs
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
@@ -62,6 +63,8 @@ PROFILE_PASSES = 4
 COST_MOVE = 0.03
 COST_PAUSE_S = 0.5
 TRANSIT_MOVE_S = 0.005
+# Fewer passes in service tell no more than the warm-up did, and are not kept for the next run.
+KEPT_PASSES = 20
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -156,6 +159,9 @@ class Worker:
         self._last_finish = float("-inf")
         self._told_costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
         self._told_costs_at = float("-inf")
+        self._cost_file: CostFile | None = None
+        # Passes the cost model had seen when it was kept last.
+        self._kept_passes = 0
         # By which a chunk comes back later than its cost: of a ring.
         self._transit_s = 0.0
         self._pipeline: Pipeline
@@ -173,6 +179,7 @@ class Worker:
         device = torch.device(settings.device)
         dtype = dtype_of(settings)
         plan = check_fits(settings, device)
+        learned = self._recall(device, plan)
         model = load_model(
             settings.model_dir,
             device,
@@ -190,7 +197,7 @@ class Worker:
             time.sleep(TEXT_POLL_S)
         if (size := small_size(settings, profile)) is not None:
             self._small = make_pipeline(model, settings, size=size, beside=self._pipeline)
-        self._costs.profile(self._warm_up(profile))
+        self._profile(self._warm_up(profile), learned)
         self._pipeline.batch.seal()
         self._scheduler = Scheduler(
             self._costs,
@@ -199,8 +206,7 @@ class Worker:
             pipeline=settings.mode == "batch",
             window=self._pipeline.pool.window,
         )
-        state_bytes = sum(part.size_bytes for part in plan.parts if part.kind == "stream") // pool_streams(settings)
-        self._tell_costs(time.monotonic(), state_bytes)
+        self._tell_costs(time.monotonic(), plan.stream_bytes)
         self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
 
     def _warm_up(self, profile: ServingProfile) -> list[tuple[Work, float]]:
@@ -268,6 +274,32 @@ class Worker:
         # The first pass of a kind may be slow, and those over a window that is not yet full come once.
         return [(work, statistics.median(seconds[1:])) for work, seconds in taken.items() if len(seconds) > 1]
 
+    def _recall(self, device: torch.device, plan: MemoryPlan) -> Learned | None:
+        """What an earlier run of this kind has learned; told at once, for sessions come before the warm-up is over."""
+        title = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_title()
+        self._cost_file = cost_file(self._settings, title, plan.demand.vae)
+        learned = None if self._cost_file is None else self._cost_file.load()
+        if learned is not None:
+            told = Costs(chunk_cost_s=learned.chunk_cost_s, costs=learned.chunks, state_bytes=plan.stream_bytes)
+            self._connection.send(told)
+        return learned
+
+    def _profile(self, passes: Sequence[tuple[Work, float]], learned: Learned | None) -> None:
+        """Begin with what was measured now, and with what was learned where that agrees."""
+        standing = self._costs.profile(passes, None if learned is None else learned.costs)
+        self._kept_passes = self._costs.passes
+        if learned is not None and standing < len(passes):
+            log.info(
+                "of %d kinds of pass %d are not what was learned: measured anew", len(passes), len(passes) - standing
+            )
+
+    def keep_costs(self) -> None:
+        """Write down what was learned since the last time, for the next run, if that is enough to tell anything."""
+        if self._cost_file is None or self._costs.passes - self._kept_passes < KEPT_PASSES:
+            return
+        self._kept_passes = self._costs.passes
+        self._cost_file.save(self._costs, self._chunk_cost_s(), self._chunk_costs())
+
     def close(self) -> None:
         """Stop what the model keeps running beside this process."""
         if hasattr(self, "_pipeline"):
@@ -303,6 +335,8 @@ class Worker:
             case Close():
                 self._forget(message.stream)
                 self._connection.send(Closed(stream=message.stream))
+                if not self._streams:
+                    self.keep_costs()
 
     def _open(self, message: Open) -> None:
         pipeline = self._pipeline_for(message.params)
@@ -430,26 +464,33 @@ class Worker:
         """Tell the server what chunks cost, if that has moved and was not told just now."""
         if now - self._told_costs_at < COST_PAUSE_S:
             return
-        steps, window = self._settings.profile.steps, self._pipeline.pool.window
-        costs = chunk_costs(
-            self._costs,
-            range(1, self._pipeline.max_steps + 1),
-            window=window,
-            has_small=self._small is not None,
-            has_light=self._pipeline.model.light_vae is not None,
-        )
+        costs = self._chunk_costs()
         if all(
             abs(new.mean_s - old.mean_s) <= COST_MOVE * old.mean_s
             and abs(new.upper_s - old.upper_s) <= COST_MOVE * old.upper_s
             for new, old in zip(costs, self._told_costs.costs, strict=False)
         ) and (len(costs), self._transit_moved()) == (len(self._told_costs.costs), False):
             return
-        chunk_cost_s = self._costs.mean_s(Work.of_chunk(steps, window=window))
         self._told_costs, self._told_costs_at = (
-            Costs(chunk_cost_s=chunk_cost_s, costs=costs, state_bytes=state_bytes, transit_s=self._transit_s),
+            Costs(chunk_cost_s=self._chunk_cost_s(), costs=costs, state_bytes=state_bytes, transit_s=self._transit_s),
             now,
         )
         self._connection.send(self._told_costs)
+
+    def _chunk_costs(self) -> tuple[ChunkCostAt, ...]:
+        """See `Capacity.costs`."""
+        return chunk_costs(
+            self._costs,
+            range(1, self._pipeline.max_steps + 1),
+            window=self._pipeline.pool.window,
+            has_small=self._small is not None,
+            has_light=self._pipeline.model.light_vae is not None,
+        )
+
+    def _chunk_cost_s(self) -> float:
+        """See `Capacity.chunk_cost_s`."""
+        steps, window = self._settings.profile.steps, self._pipeline.pool.window
+        return self._costs.mean_s(Work.of_chunk(steps, window=window))
 
     def _transit_moved(self) -> bool:
         told_s = self._told_costs.transit_s
@@ -564,6 +605,7 @@ def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
         worker.run()
     except Disconnected:
         log.debug("rank stops: the server closed the connection")
+        worker.keep_costs()
     except (EngineError, FileNotFoundError) as error:
         # Starting again would not help: the model folder or the settings must be put right first.
         connection.send(Status(state=EngineState.FAILED, percent=0, detail=str(error)))

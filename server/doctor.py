@@ -7,6 +7,7 @@ asked.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -29,13 +30,15 @@ import numpy as np
 import psutil
 
 from engine.api import Capacity, Engine, EngineError, FrameChunk, StreamParams
-from engine.choose import GIB, Choice
+from engine.choose import CPU, GIB, Choice
 from engine.client import LocalEngine
 from engine.config import CHUNK_FRAMES
+from engine.cost_file import cost_file, cpu_title
 from engine.frame_memory import FrameLayout, FrameMemory
+from engine.memory import plan_of
 from server.admission import seats
 from server.ladder import Ladder
-from server.machine import GpuError, cpu_title, find_gpus
+from server.machine import GpuError, find_gpus
 from server.settings import ServerSettings
 from server.starting import start_engine
 
@@ -178,6 +181,7 @@ def _look_around(settings: ServerSettings) -> list[Finding]:
         check_torch(settings.engine.device),
         check_gpu(),
         check_model(settings),
+        check_learned(settings),
         check_frame_memory(settings),
         check_port(settings.host, settings.port),
         check_codecs(),
@@ -324,6 +328,33 @@ def _check_files(folder: Path, files: dict[str, dict[str, object]]) -> Finding:
     if unhashed:
         text += f", {unhashed} of them by size alone (`livebrush models verify` reads them)"
     return Finding("model", Level.OK, text)
+
+
+def check_learned(settings: ServerSettings) -> Finding:
+    """What earlier runs of the engine have learned of its costs, with which the next one begins."""
+    engine = settings.engine
+    if engine.costs_folder is None:
+        return Finding("learned", Level.OK, "nothing is kept from run to run: engine.costs_dir is off")
+    title, free = cpu_title(), psutil.virtual_memory().available
+    if engine.device != CPU:
+        with contextlib.suppress(GpuError, StopIteration):
+            gpu = next(gpu for gpu in find_gpus() if gpu.name == engine.device)
+            title, free = gpu.title, gpu.memory_bytes
+    try:
+        file = cost_file(engine, title, plan_of(engine, free).demand.vae)
+    except (OSError, ValueError):
+        return Finding("learned", Level.OK, "depends on the model")
+    assert file is not None  # there is a folder
+    try:
+        learned = file.read()
+    except (OSError, ValueError) as error:
+        text = f"{file.path} is ignored: {(str(error).splitlines() or [''])[0]}"
+        return Finding("learned", Level.WARNING, text, "delete it; the next sessions make another")
+    if learned is None:
+        return Finding("learned", Level.OK, f"no costs of such an engine yet in {file.path.parent}")
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(learned.saved_at))
+    text = f"{learned.chunk_cost_s * 1e3:.0f} ms a chunk in service, {learned.costs.passes} passes until {saved}"
+    return Finding("learned", Level.OK, f"{text}: {file.path}")
 
 
 def check_frame_memory(settings: ServerSettings) -> Finding:

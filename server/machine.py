@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import psutil
 
 from engine.choose import CPU, Device, Machine, Model, Need
 from engine.config import CONFIG_FILE, MODELS_DIR, EngineSettings, serving_profile, user_models_dir
+from engine.cost_file import cpu_title
 from engine.memory import plan_of
 
 PROBE_TIMEOUT_S = 60.0
@@ -106,14 +106,3 @@ def need_of(settings: EngineSettings, available_bytes: int | None = None) -> Nee
     plan = plan_of(settings, available_bytes)
     text_bytes = 0 if plan.demand.text_here else plan.shape.text_bytes
     return Need({part.name: part.size_bytes for part in plan.parts}, {"text encoder": text_bytes} if text_bytes else {})
-
-
-def cpu_title() -> str:
-    """The CPU's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -202,3 +202,51 @@ def test_costs_of_a_chunk_by_steps_and_size() -> None:
         assert cost.mean_s == pytest.approx(true_s(batch(1, cost.steps, cost.small)), rel=0.05)
         assert cost.upper_s == pytest.approx(model.factor * cost.mean_s)
     assert not any(cost.small for cost in chunk_costs(model, (1,)))
+
+
+def works_of_a_warm_up() -> list[Work]:
+    return [batch(1, steps, small) for steps in (1, 2, 4) for small in (False, True)]
+
+
+def test_where_a_warm_up_agrees_with_what_was_learned_the_latter_stands_with_its_spread() -> None:
+    noise = random.Random(3)
+    learned = profile(lambda work: 1.5 * true_s(work))
+    for _ in range(40):
+        for work in works_of_a_warm_up():
+            learned.observe(work, 1.5 * true_s(work) * noise.choice((0.9, 0.95, 1.0, 1.2)))
+    model = CostModel()
+    passes = [(work, true_s(work)) for work in works_of_a_warm_up()]
+    assert model.profile(passes, learned) == len(passes)
+    for work in works_of_a_warm_up():
+        assert model.mean_s(work) == pytest.approx(learned.mean_s(work), rel=0.1)
+    assert model.factor == learned.factor != profile().factor
+
+
+@pytest.mark.parametrize("factor", [0.3, 2.5, 20.0])
+def test_where_the_device_has_changed_by_far_the_warm_up_stands(factor: float) -> None:
+    learned, model, alone = profile(lambda work: factor * true_s(work)), CostModel(), CostModel()
+    passes = [(work, true_s(work)) for work in works_of_a_warm_up()]
+    assert model.profile(passes, learned) == 0 == alone.profile(passes)
+    assert model.snapshot() == alone.snapshot()
+
+
+def test_only_the_kinds_of_pass_that_changed_are_measured_anew() -> None:
+    learned = profile(lambda work: (4.0 if work.small else 1.4) * true_s(work))
+    model = CostModel()
+    passes = [(work, true_s(work)) for work in works_of_a_warm_up()]
+    assert model.profile(passes, learned) == len(passes) // 2
+    for work in works_of_a_warm_up():
+        expected = true_s(work) * (1.0 if work.small else 1.4)
+        assert model.mean_s(work) == pytest.approx(expected, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(works, st.floats(1e-4, 10), st.floats(1e-4, 10))
+def test_whatever_was_learned_a_start_is_never_far_from_what_it_measures(
+    work: Work, learned_s: float, measured_s: float
+) -> None:
+    learned, model = CostModel(), CostModel()
+    learned.observe(work, learned_s)
+    agrees = model.profile([(work, measured_s)], learned)
+    assert model.mean_s(work) == pytest.approx(learned_s if agrees else measured_s, rel=1e-3)
+    assert 0.499 <= model.mean_s(work) / measured_s <= 2.001

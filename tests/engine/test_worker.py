@@ -40,7 +40,16 @@ from engine.session import Item, SessionState
 from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.untrained import SMALL_TAEHV, write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import WARM_UP_PROMPT, Connection, Disconnected, Worker, check_fits, dtype_of, make_pipeline
+from engine.worker import (
+    KEPT_PASSES,
+    WARM_UP_PROMPT,
+    Connection,
+    Disconnected,
+    Worker,
+    check_fits,
+    dtype_of,
+    make_pipeline,
+)
 
 SIZE, FAR = 32, 1e12
 MODES: tuple[Mode, ...] = ("sequential", "batch")
@@ -177,16 +186,63 @@ def test_costs_come_before_ready_and_follow_the_device(
     assert len(rank.answers(Costs)) == len(told)
 
 
+def test_what_a_run_has_learned_the_next_begins_with(
+    rank_of: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def serve(rank: Rank, chunks: int) -> None:
+        rank.say(Open(stream=0, params=StreamParams(prompt="neon")))
+        for chunk in range(chunks):
+            rank.submit(chunk)
+        rank.say(Close(stream=0))
+
+    first = rank_of(costs_dir=tmp_path / "costs")
+    slow = SlowClock(first.pipeline, pass_s=1.0)
+    monkeypatch.setattr("engine.worker.time", slow)
+    # Too few passes to tell anything, then enough; the first two are taken for outliers.
+    serve(first, KEPT_PASSES - 1)
+    assert not (tmp_path / "costs").exists()
+    serve(first, 5)
+    (kept,) = (tmp_path / "costs").iterdir()
+    (before,) = [message for message in first.starting if isinstance(message, Costs)]
+    slow.pass_s = 1.5
+    serve(first, KEPT_PASSES)
+    assert json.loads(kept.read_text())["chunk_cost_s"] == pytest.approx(1.5, rel=0.1)
+
+    # A rank whose warm-up takes a second a pass: told before it is loaded, and still after it was measured.
+    monkeypatch.setattr("engine.worker.make_pipeline", lambda *args, **more: slow.of(make_pipeline(*args, **more)))
+    slow.pass_s = 1.0
+    second = rank_of(costs_dir=tmp_path / "costs")
+    early, ready = [message for message in second.starting if isinstance(message, Costs)]
+    assert second.starting.index(early) == 1
+    assert early.state_bytes == before.state_bytes
+    assert early.chunk_cost_s == pytest.approx(1.5, rel=0.1) == ready.chunk_cost_s
+    # One whose passes take ten times as long goes by what it measures.
+    slow.pass_s = 10.0
+    early, ready = [m for m in rank_of(costs_dir=tmp_path / "costs").starting if isinstance(m, Costs)]
+    assert early.chunk_cost_s == pytest.approx(1.5, rel=0.1)
+    assert ready.chunk_cost_s == pytest.approx(10.0, rel=0.1)
+    # And off is off.
+    (only,) = [message for message in rank_of(costs_dir="off").starting if isinstance(message, Costs)]
+    assert only.chunk_cost_s == ready.chunk_cost_s
+
+
 class SlowClock:
-    """A clock that stands still but for a second a pass of the pipeline."""
+    """A clock that stands still but for `pass_s` seconds a pass of the pipelines it is given."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._now, self._tick = time.monotonic(), pipeline.tick
-        pipeline.tick = self._slow  # type: ignore[method-assign]
+    def __init__(self, *pipelines: Pipeline, pass_s: float = 1.0) -> None:
+        self._now, self.pass_s = time.monotonic(), pass_s
+        for pipeline in pipelines:
+            self.of(pipeline)
 
-    def _slow(self, jobs: Sequence[tuple[SessionState, Tensor]]) -> list[Rendered]:
-        self._now += 1.0
-        return self._tick(jobs)
+    def of(self, pipeline: Pipeline) -> Pipeline:
+        tick = pipeline.tick
+
+        def slow(jobs: Sequence[tuple[SessionState, Tensor]]) -> list[Rendered]:
+            self._now += self.pass_s
+            return tick(jobs)
+
+        pipeline.tick = slow  # type: ignore[method-assign]
+        return pipeline
 
     def monotonic(self) -> float:
         return self._now

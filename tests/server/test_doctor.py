@@ -13,6 +13,8 @@ import pytest
 from engine.api import Capacity, ChunkCostAt, EngineError
 from engine.choose import Choice, Need
 from engine.config import EngineSettings
+from engine.cost_file import cost_file, cpu_title
+from engine.cost_model import CostModel, Work, chunk_costs
 from engine.fake import FakeEngine
 from server.cli import main
 from server.doctor import (
@@ -24,6 +26,7 @@ from server.doctor import (
     check_codecs,
     check_frame_memory,
     check_gpu,
+    check_learned,
     check_memory,
     check_model,
     check_port,
@@ -127,6 +130,25 @@ def test_a_damaged_model_is_found_by_its_hash(settings: ServerSettings) -> None:
     damaged = check_model(settings)
     assert damaged.level is Level.PROBLEM
     assert "git checkout" in damaged.cure
+
+
+def test_learned_costs_are_shown_with_their_file(tmp_path: Path) -> None:
+    engine = EngineSettings(costs_dir=tmp_path)
+    settings = ServerSettings(port=0, engine=engine)
+    assert check_learned(settings).text == f"no costs of such an engine yet in {tmp_path}"
+    file, costs = cost_file(engine, cpu_title(), "full"), CostModel()
+    assert file is not None
+    for _ in range(25):
+        costs.observe(Work.of_chunk(1), 0.12)
+    assert file.save(costs, 0.12, chunk_costs(costs, (1, 2)))
+    found = check_learned(settings)
+    assert found.level is Level.OK
+    assert found.text.startswith("120 ms a chunk in service, 25 passes until 2")
+    assert found.text.endswith(f": {file.path}")
+    file.path.write_text("{")
+    assert check_learned(settings).level is Level.WARNING
+    off = engine.model_copy(update={"costs_dir": "off"})
+    assert "engine.costs_dir is off" in check_learned(settings.model_copy(update={"engine": off})).text
 
 
 @pytest.mark.parametrize("config", ["", "{", "{}"])
