@@ -23,7 +23,7 @@ from engine.fake import FakeEngine
 from engine.ray_cluster import RayCluster
 from server.access import new_token
 from server.catalogue import load_styles, steps_max
-from server.health import ADMIN_HOST, admin_application
+from server.health import ADMIN_HOST, admin_application, health_routes
 from server.limits import Connections, GuardedSite
 from server.metrics import ServerMetrics
 from server.osc import listening
@@ -108,7 +108,8 @@ async def running_server(
             auto_decompress=False,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
-        admin = web.AppRunner(admin_application(engine, metrics.registry), access_log=None, auto_decompress=False)
+        probes = health_routes(engine)
+        admin = web.AppRunner(admin_application(probes, metrics.registry), access_log=None, auto_decompress=False)
         await runner.setup()
         await admin.setup()
         try:

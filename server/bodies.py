@@ -20,6 +20,11 @@ async def read_body(request: web.Request, content_type: str) -> bytes:
     """The body, if it is of `content_type`. Raises WrongMediaType, TooLarge or BadRequest, each naming the bound."""
     if request.content_type != content_type or "Content-Encoding" in request.headers:
         raise WrongMediaType(f"send plain {content_type}, not {request.content_type}")
+    return await read_any(request)
+
+
+async def read_any(request: web.Request) -> bytes:
+    """The body, of whatever type. Raises TooLarge or BadRequest, each naming the bound."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()

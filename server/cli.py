@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from server.camera_command import add_camera_parser
 from server.cluster_command import add_cluster_parser
 from server.drain_command import add_drain_parser
+from server.gateway_command import add_gateway_parser
 from server.link_command import add_link_parser
 from server.load import add_load_parser
 from server.models_command import add_models_parser
@@ -211,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add_camera_parser(commands)
     add_cluster_parser(commands)
     add_drain_parser(commands)
+    add_gateway_parser(commands)
     add_link_parser(commands)
     add_load_parser(commands)
     add_plan_parser(commands)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.bodies import read_json
-from server.registry import SessionRegistry
 from server.settings import MAX_DRAIN_S, ServerSettings
+
+if TYPE_CHECKING:
+    from server.registry import SessionRegistry
 
 DRAIN_PATH = "/api/v1/drain"
 

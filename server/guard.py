@@ -13,7 +13,7 @@ import ipaddress
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from aiohttp import hdrs, web
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,6 +26,7 @@ from server.roles import Role
 from server.settings import ServerSettings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # The subprotocol of this server's WebSocket. A browser's takes no headers, so its token is the second one that it
 # offers: bearer.TOKEN, in base64url.
@@ -154,11 +155,7 @@ class Guard(Collector):
     # --- from where
 
     def _address(self, request: web.Request) -> str:
-        peer = request.remote or ""
-        if self._proxies and _is_in(peer, self._proxies):
-            # The last entry is what the proxy itself saw; those before it are the client's own words.
-            peer = request.headers.get("X-Forwarded-For", peer).rpartition(",")[2].strip()
-        return address_key(peer)
+        return address_key(client_address(request, self._proxies))
 
     def _check_host(self, request: web.Request) -> None:
         """Only under a name of this server: a page that rebinds its own name to this address is refused."""
@@ -263,6 +260,15 @@ def claim(request: web.Request, session_id: str) -> None:
     request[GUARD].own(request[GRANT], session_id)
 
 
+def client_address(request: web.Request, proxies: Sequence[Network]) -> str:
+    """Whom a request is from; where one of the proxies sent it, whom that one saw."""
+    peer = request.remote or ""
+    if proxies and _is_in(peer, proxies):
+        # The last entry is what the proxy itself saw; those before it are the client's own words.
+        peer = request.headers.get("X-Forwarded-For", peer).rpartition(",")[2].strip()
+    return peer
+
+
 def _from_subprotocol(request: web.Request) -> str:
     """What would stand in the Authorization header; "" without a token there, or with one that is no base64url."""
     if request.path != SOCKET:
@@ -283,5 +289,5 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _is_in(address: str, networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
+def _is_in(address: str, networks: Sequence[Network]) -> bool:
     return _is_address(address) and any(ipaddress.ip_address(address) in network for network in networks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -28,14 +28,14 @@ def health_routes(engine: Engine) -> list[web.RouteDef]:
     return [web.get("/livez", livez), web.get("/readyz", readyz)]
 
 
-def admin_application(engine: Engine, registry: CollectorRegistry) -> web.Application:
-    """What only this machine may ask: /metrics and the probes. No secret, prompt or address stands in them."""
+def admin_application(health: Sequence[web.RouteDef], registry: CollectorRegistry) -> web.Application:
+    """What only this machine may ask: /metrics and the probes. No secret, prompt or client's address stands in them."""
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application(middlewares=[_only_by_own_name], client_max_size=1024)
-    app.add_routes([*health_routes(engine), web.get("/metrics", metrics)])
+    app.add_routes([*health, web.get("/metrics", metrics)])
     return app
 
 

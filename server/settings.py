@@ -231,9 +231,14 @@ class ServerSettings(BaseModel):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can open a connection to the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can open a connection to a listener there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -9,6 +9,7 @@ import pytest
     [
         ("server.app", ("torch",)),
         ("server.cli", ("torch", "aiortc")),
+        ("server.gateway", ("torch", "aiortc", "av")),
         ("server.restyle", ("torch", "aiortc", "aiohttp")),
         ("engine.worker", ("aiohttp", "aiortc", "av", "server")),
         ("engine.fake", ("torch",)),
