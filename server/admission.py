@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import fmean
+from typing import Literal
 
 from engine.api import Capacity
 from server.host import Host
@@ -22,6 +23,14 @@ MAX_RETRY_S = 60.0
 # What a session is expected to stay on until the first stays of this server tell: short, for knocking costs little.
 FIRST_STAY_S = 15.0
 KEPT_STAYS = 64
+Limit = Literal["settings", "memory", "process", "engine"]
+# What allows no more sessions, the end of a sentence to who is refused.
+LIMITS: dict[Limit, str] = {
+    "settings": "it is set to take no more",
+    "memory": "there is no memory for more",
+    "process": "its CPU has no room for the video of more",
+    "engine": "the model has no time for more",
+}
 
 
 def seats(capacity: Capacity, settings: ServerSettings, host: Host | None = None) -> int:
@@ -29,7 +38,18 @@ def seats(capacity: Capacity, settings: ServerSettings, host: Host | None = None
 
     host: what frames cost the server process; None while unknown.
     """
-    most = min(settings.max_sessions, capacity.max_streams, (host or Host()).seats(settings))
+    return bounds(capacity, settings, host)[0]
+
+
+def bounds(capacity: Capacity, settings: ServerSettings, host: Host | None = None) -> tuple[int, Limit]:
+    """`seats`, and what it is that allows no more; of several the first in the order of `LIMITS`."""
+    least: dict[Limit, int] = {
+        "settings": settings.max_sessions,
+        "memory": capacity.max_streams,
+        "process": (host or Host()).seats(settings),
+    }
+    limit = min(least, key=lambda name: least[name])
+    most = least[limit]
     # The least that anyone may be given decides, and that has one step.
     ladder = rungs(settings, steps_max=1, has_small=capacity.has_small, has_light=capacity.has_light)
 
@@ -37,8 +57,9 @@ def seats(capacity: Capacity, settings: ServerSettings, host: Host | None = None
         return Demand(capacity, (1,) * sessions, settings).first_good(ladder, PROMISE_LOAD) is not None
 
     if capacity.chunk_cost_s <= 0 and not capacity.costs:
-        return max(1, most)
-    return next((sessions for sessions in range(most, 1, -1) if can_all_stand(sessions)), 1)
+        return max(1, most), limit
+    count = next((sessions for sessions in range(most, 1, -1) if can_all_stand(sessions)), 1)
+    return count, "engine" if count < most else limit
 
 
 def free_seats(all_seats: int, taken: Mapping[str, int], reserved: Mapping[str, int], own_class: str = "") -> int:

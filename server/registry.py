@@ -16,7 +16,7 @@ from functools import partial
 import psutil
 
 from engine.api import EngineState, StreamParams
-from server.admission import Stays, free_seats, seats
+from server.admission import LIMITS, Stays, bounds, free_seats, seats
 from server.control import ControlError, check_steps, shown_params
 from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
 from server.host import FrameCap, HostMeter
@@ -284,18 +284,20 @@ class SessionRegistry:
 
     def _admit(self, own_class: str) -> None:
         """Raises Full unless there is a seat for one more of the class."""
-        all_seats, reserved = self.seats, self._context.settings.reserved_seats
+        context, reserved = self._context, self._context.settings.reserved_seats
+        all_seats, limit = bounds(context.engine.capacity, context.settings, self._meter.host)
         taken = Counter(self._classes.values())
         if free_seats(all_seats, taken, reserved, own_class) > 0:
             return
         left = all_seats - self.open_sessions
         message = f"all {all_seats} seats of this server are taken" if all_seats > 1 else "the one seat here is taken"
+        message += f", and {LIMITS[limit]}"
         if left > 0:
             message = f"{left} of {all_seats} seats are free, and kept for {' or '.join(sorted(reserved))}"
         raise Full(
             message,
             retry_after_s=self.retry_after_s,
-            details={"seats": all_seats, "open": self.open_sessions},
+            details={"seats": all_seats, "open": self.open_sessions, "limit": limit},
         )
 
     async def close(self, name: str) -> None:

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from engine.api import Capacity, ChunkCostAt
 from engine.config import EngineSettings
 from engine.fake import FakeEngine
-from server.admission import MAX_RETRY_S, MIN_RETRY_S, Stays, free_seats, seats
+from server.admission import MAX_RETRY_S, MIN_RETRY_S, Stays, bounds, free_seats, seats
 from server.app import running_server
+from server.host import Host
 from server.ladder import PROMISE_LOAD, Demand, rungs
 from server.settings import MediaSettings, ServerSettings
 
@@ -48,6 +49,17 @@ def test_seats_follow_the_measured_cost_the_memory_and_the_setting() -> None:
     assert seats(capacity_of(0.01), settings.model_copy(update={"max_sessions": 2})) == 2
     assert seats(Capacity(0.0, 4, 0, 4), settings) == 4  # nothing is measured yet
     assert seats(capacity_of(0.1), settings.model_copy(update={"latency_budget_s": 2.0})) == 4
+
+
+def test_what_allows_no_more_is_named() -> None:
+    settings = ServerSettings(max_sessions=8, engine=EngineSettings(max_streams=8))
+    assert bounds(capacity_of(0.01), settings) == (8, "settings")
+    assert bounds(capacity_of(0.01, max_streams=3), settings) == (3, "memory")
+    assert bounds(capacity_of(0.1), settings) == (2, "engine")
+    assert bounds(capacity_of(0.01), settings, Host(cpu_s=0.03)) == (3, "process")
+    assert bounds(capacity_of(0.1), settings, Host(cpu_s=0.03)) == (2, "engine")
+    assert bounds(capacity_of(9.0), settings, Host(cpu_s=9.0)) == (1, "process")
+    assert bounds(Capacity(0.0, 8, 0, 4), settings, Host(cpu_s=0.03)) == (3, "process")
 
 
 @given(st.floats(0.001, 2.0), st.booleans(), st.integers(1, 8))
@@ -161,7 +173,8 @@ async def test_offers_that_never_connect_take_no_more_than_the_seats_and_give_al
         kinds = [status if status == 201 else body["code"] for status, body, _ in answers]
         assert kinds.count(201) == 2 and set(kinds) == {201, "full", "too_many_requests"}
         full = next(body for _, body, _ in answers if body.get("code") == "full")
-        assert (full["seats"], full["open"], full["retryable"]) == (2, 2, True)
+        assert (full["seats"], full["open"], full["limit"], full["retryable"]) == (2, 2, "settings", True)
+        assert full["message"] == "all 2 seats of this server are taken, and it is set to take no more"
         # A refusal does not wait for a seat: it is there long before the half-open ones are gone.
         assert (await capacity(http, base))["open"] == 2
         async with asyncio.timeout(PATIENCE_S):
