@@ -196,10 +196,11 @@ class Nodes:
         having = [(node, node.report) for node in self.up if node.report and stream in node.report.streams]
         having.sort(key=lambda one: one[1].draining)
         live = [node for node, report in having if report.streams[stream]]
-        waiting = [node for node, report in having if not (returns and report.draining)]
         sent = self._sent.find(stream, self._clock())
         # A stream that is on its way counts for more than one that ended.
-        found = [*live, *([sent] if sent is not None and sent.is_up else []), *waiting]
+        others = [sent] if sent is not None and sent.is_up else []
+        others += [node for node, _ in having]
+        found = live + [node for node in others if node.takes_new or not returns]
         return found[0] if found else None
 
     def note_publisher(self, stream: str, node: Node) -> None:

@@ -118,6 +118,10 @@ class Server:
         found: dict[str, Any] = json.loads(self.get("/api/v1/capacity"))
         return found
 
+    def log_text(self) -> str:
+        """What the server has logged so far."""
+        return self._log.read_text()
+
     def ended(self) -> dict[str, int]:
         """Sessions ended so far, by reason."""
         admin = re.findall(r"metrics at (http://[\w.]+:\d+)/metrics", self._log.read_text())[-1]
@@ -130,3 +134,11 @@ class Server:
         process = psutil.Process(self._process.pid)
         family = [process, *process.children(recursive=True)]
         return float(sum(member.memory_info().rss for member in family)) / 2**20
+
+
+class GatewayProcess(Server):
+    """`livebrush gateway` on loopback, before servers."""
+
+    def __init__(self, log: Path, *nodes: Server, options: tuple[str, ...] = ()) -> None:
+        super().__init__(log, engine="fake")
+        self._command = [str(SCRIPT), "gateway", "--nodes", ",".join(node.url for node in nodes), *options]

@@ -197,6 +197,8 @@ async def test_a_stream_is_where_it_is_live_and_its_publisher_does_not_go_back_t
         # A second publisher of the same name meets the first, who was sent on and has not arrived.
         nodes.note_publisher("a", other)
         assert nodes.with_stream("a") is nodes.with_stream("a", returns=True) is other
+        other.report = DEFAULT.model_copy(update={"draining": True})
+        assert nodes.with_stream("a", returns=True) is None
         clock.now += SENT_S
         assert nodes.with_stream("a", returns=True) is None
 
