@@ -31,7 +31,9 @@ from torch._C._distributed_c10d import TCPStore
 from engine.api import EngineError, RankLost, StreamParams
 from engine.partition import even_split
 from engine.pipeline import Mode
-from engine.ring import Done, Layout, RingHead, Sizes, Stage, StagePool, serve
+from engine.ring import Done, RingHead
+from engine.ring_orders import Layout
+from engine.ring_stage import Sizes, Stage, StagePool, serve
 from engine.session import NoiseSource
 from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, meet, open_wire
 from engine.wan.weights import Model

@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.api import EngineError, RankLost, StreamParams
 from engine.partition import even_split, partition, stage_times
 from engine.pipeline import Mode, Pipeline
-from engine.ring import Change, Kind, Layout, Order, RingHead
+from engine.ring import RingHead
 from engine.ring_group import RingGroup, RingResult, RingSpec
+from engine.ring_orders import Change, Kind, Layout, Order
 from engine.wan.weights import Model
 from tests.engine.ring_models import BLOCK_S, PACED_LAYERS, Paced, averaged, embedded, flow, renewed
 from tests.engine.streams import camera
