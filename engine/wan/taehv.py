@@ -24,13 +24,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.wan.vae import FRAMES_PER_LATENT, VAEState
+from engine.wan.vae import FRAMES_PER_LATENT, Carried, Memory, Part, VAEState, run_parts
 from engine.wan.vae_config import TAEHVConfig
 from engine.wan.wan_vae import (
     LatentScale,
-    Memory,
     Pointwise,
     Stage,
+    between_pixels,
     channels_last,
     channels_third,
     check_frames,
@@ -40,6 +40,7 @@ from engine.wan.wan_vae import (
     join,
     passes,
     run_stages,
+    stage_parts,
 )
 
 _LIMIT = 3.0  # latents are bent towards plus and minus this before decoding
@@ -111,12 +112,12 @@ class Grow(Stage):
     def __init__(self, channels: int, frames: int) -> None:
         super().__init__()
         self.conv = Pointwise(channels, frames * channels, 2, bias=False)
-        self._frames = frames
+        self.frames = frames
 
     def forward(self, x_BTHWC: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """See `Stage.forward`."""
         batch, _, height, width, channels = x_BTHWC.shape
-        x = self.conv.apply_to(x_BTHWC).view(batch, -1, height, 1, width, 1, self._frames, channels)
+        x = self.conv.apply_to(x_BTHWC).view(batch, -1, height, 1, width, 1, self.frames, channels)
         # The nearest pixel and the frames in their order, by one strided copy.
         x = x.movedim(-2, 2).expand(-1, -1, -1, -1, 2, -1, 2, -1)
         return x.reshape(batch, -1, 2 * height, 2 * width, channels), ()
@@ -149,21 +150,8 @@ class TAEHV(nn.Module):
         Raises: ValueError for another length or size.
         """
         check_frames(frames_BTCHW, state)
-        stages, start = self.encode_stages(), len(state.memory) == 0
-        first, memory = (None, ()) if start else (state.memory[0], state.memory[1:])
-        latents = []
-        for frames in passes(frames_BTCHW * 0.5 + 0.5, FRAMES_PER_LATENT, start=start):
-            x_BTHWC = channels_last(frames)
-            if first is not None:
-                _, memory = run_stages(stages, torch.cat((first, x_BTHWC[:, :-1]), dim=1), memory)
-            first = x_BTHWC[:, -1:].clone()
-            filled = first.expand(-1, FRAMES_PER_LATENT, -1, -1, -1)
-            latent_BTHWC, then = run_stages(stages, filled.contiguous(), memory)
-            # Before the first group there are zeros; so a state always has the same shapes.
-            memory = memory or tuple(torch.zeros_like(tensor) for tensor in then)
-            latents.append(latent_BTHWC)
-        assert first is not None  # there is at least one pass
-        return self.denormalise(channels_third(join(latents))), VAEState((first, *memory))
+        latent, memory = run_parts(self.encode_parts(), frames_BTCHW, state.memory)
+        return latent, VAEState(memory)
 
     def decode(self, latent_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
         """One frame for the first latent of a stream and 4 for every other.
@@ -176,15 +164,13 @@ class TAEHV(nn.Module):
         Raises: ValueError for no latents.
         """
         check_latents(latent_BTCHW)
-        stages, start, memory = self.decode_stages(), len(state.memory) == 0, state.memory
-        bent = torch.tanh(latent_BTCHW / _LIMIT) * _LIMIT
+        parts, memory = self.decode_parts(), state.memory
         frames = []
-        for latent in passes(bent, 1, start=start):
-            x_BTHWC, memory = run_stages(stages, channels_last(latent), memory)
-            frames.append(x_BTHWC)
-        if start:
-            frames[0] = frames[0][:, FRAMES_PER_LATENT - 1 :]
-        return channels_third(join(frames).clamp(0, 1) * 2 - 1), VAEState(memory)
+        # A pass at a time: a clip's features would fill memory.
+        for latent in passes(latent_BTCHW, 1, start=len(memory) == 0):
+            frames_BTCHW, memory = run_parts(parts, latent, memory)
+            frames.append(frames_BTCHW)
+        return join(frames), VAEState(memory)
 
     def normalise(self, raw_BTCHW: Tensor) -> Tensor:
         """From the scale of `encode` to that of `decode`; like raw_BTCHW."""
@@ -194,13 +180,45 @@ class TAEHV(nn.Module):
         """The inverse of `normalise`; like latent_BTCHW."""
         return self.scale.denormalise(latent_BTCHW)
 
-    def encode_stages(self) -> list[Stage]:
-        """From 4 frames in [0, 1] to a normalised latent."""
-        return _stages(self.encoder)
+    def encode_parts(self) -> list[Part]:
+        """One: that a group is encoded twice would show in every cut, for a seventeenth of the Wan encoder's work."""
+        return [Part(self._encode, slots=1 + sum(stage.slots for stage in _stages(self.encoder)))]
 
-    def decode_stages(self) -> list[Stage]:
-        """From a normalised latent, bent, to 4 frames in [0, 1], not clamped."""
-        return _stages(self.decoder)
+    def decode_parts(self) -> list[Part]:
+        """From normalised latents to pixels: its stages."""
+        paced, frames = [], 1
+        for stage in _stages(self.decoder):
+            paced.append((stage, frames))
+            frames *= stage.frames if isinstance(stage, Grow) else 1
+        return between_pixels(stage_parts(paced, first_alone=False), _bent, _shown)
+
+    def _encode(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        """See `encode`."""
+        (frames_BTCHW,) = carried
+        stages, start = _stages(self.encoder), len(memory) == 0
+        first, memory = (None, ()) if start else (memory[0], memory[1:])
+        latents = []
+        for frames in passes(frames_BTCHW * 0.5 + 0.5, FRAMES_PER_LATENT, start=start):
+            x_BTHWC = channels_last(frames)
+            if first is not None:
+                _, memory = run_stages(stages, torch.cat((first, x_BTHWC[:, :-1]), dim=1), memory)
+            first = x_BTHWC[:, -1:].clone()
+            filled = first.expand(-1, FRAMES_PER_LATENT, -1, -1, -1)
+            latent_BTHWC, then = run_stages(stages, filled.contiguous(), memory)
+            # Before the first group there are zeros; so a state always has the same shapes.
+            memory = memory or tuple(torch.zeros_like(tensor) for tensor in then)
+            latents.append(latent_BTHWC)
+        assert first is not None  # there is at least one pass
+        return (self.denormalise(channels_third(join(latents))),), (first, *memory)
+
+
+def _bent(latent: Tensor) -> Tensor:
+    return torch.tanh(latent / _LIMIT) * _LIMIT
+
+
+def _shown(x_BTHWC: Tensor, *, start: bool) -> Tensor:
+    frames = x_BTHWC[:, FRAMES_PER_LATENT - 1 :] if start else x_BTHWC
+    return frames.clamp(0, 1) * 2 - 1
 
 
 def _encoder(config: TAEHVConfig) -> nn.ModuleDict:

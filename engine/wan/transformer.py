@@ -251,17 +251,34 @@ class Refiner(nn.Module):
 
     def forward(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, time_BE: Tensor) -> Tensor:
         """The network's output with its correction added, same shape."""
-        frames = output_BTCHW.shape[1]
+        film = self.modulation(time_BE, output_BTCHW.shape[1])
+        x = self.begin(output_BTCHW, source_BTCHW, film)
+        for number in range(len(self.blocks)):
+            x = self.through(x, film, number)
+        return self.end(x, output_BTCHW)
+
+    # --- the parts of it, each of which may run on a device of its own
+
+    def modulation(self, time_BE: Tensor, frames: int) -> tuple[Tensor, ...]:
+        """Scale and shift of the first features and of every block's, [BT, C, 1, 1] each."""
+        film: Tensor = self.film(functional.silu(time_BE)).repeat_interleave(frames, 0)[:, :, None, None]
+        return film.chunk(2 * (len(self.blocks) + 1), dim=1)
+
+    def begin(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, film: Sequence[Tensor]) -> Tensor:
+        """The features [BT, C, 2H, 2W] that the first block takes."""
         x = output_BTCHW if source_BTCHW is None else torch.cat((output_BTCHW, source_BTCHW), dim=2)
-        film = self.film(functional.silu(time_BE)).repeat_interleave(frames, 0)[:, :, None, None]
-        scale, shift, *rest = film.chunk(2 * (len(self.blocks) + 1), dim=1)
         x = space_from_channels(self.spread(x.flatten(0, 1)), REFINE_FACTOR)
-        x = functional.relu(torch.addcmul(shift, x, 1 + scale))
-        for block, scale, shift in zip(self.blocks, rest[::2], rest[1::2], strict=True):
-            x = block(x, scale, shift)
-        x = self.gather(channels_from_space(functional.relu(x), REFINE_FACTOR))
-        out: Tensor = output_BTCHW + x.view_as(output_BTCHW)
+        return functional.relu(torch.addcmul(film[1], x, 1 + film[0]))
+
+    def through(self, x_NCHW: Tensor, film: Sequence[Tensor], number: int) -> Tensor:
+        """Features through one block."""
+        out: Tensor = self.blocks[number](x_NCHW, film[2 + 2 * number], film[3 + 2 * number])
         return out
+
+    def end(self, x_NCHW: Tensor, output_BTCHW: Tensor) -> Tensor:
+        """Features of the last block to what `forward` returns."""
+        x: Tensor = self.gather(channels_from_space(functional.relu(x_NCHW), REFINE_FACTOR))
+        return output_BTCHW + x.view_as(output_BTCHW)
 
 
 class CausalTransformer(nn.Module):
@@ -371,10 +388,42 @@ class CausalTransformer(nn.Module):
 
     def leave(self, x_BNE: Tensor, time_BE: Tensor, grid: tuple[int, int, int], source_BTCHW: Tensor | None) -> Tensor:
         """Tokens of the last block to what `forward` returns."""
-        shift, scale = (self.head_modulation + time_BE[:, None]).unsqueeze(2).unbind(1)
-        x_BNE = self.head(_modulate(x_BNE, shift, 1 + scale, self.config.eps))
-        out = self._unpatchify(x_BNE, *grid)
-        return out if self.refine is None else self.refine(out, source_BTCHW, time_BE)
+        carried: tuple[Tensor, ...] = (x_BNE,)
+        film = self.film(time_BE, grid[0])
+        for part in range(self.tail_parts):
+            carried = self.tail(part, carried, time_BE, film, grid, source_BTCHW)
+        return carried[0]
+
+    @property
+    def tail_parts(self) -> int:
+        """Of how many parts `leave` consists: the head, then the refiner's blocks one by one."""
+        return 1 if self.refine is None else 1 + len(self.refine.blocks)
+
+    def film(self, time_BE: Tensor, frames: int) -> tuple[Tensor, ...]:
+        """What the refiner knows of time and prompt, for `tail`; nothing without one."""
+        return () if self.refine is None else self.refine.modulation(time_BE, frames)
+
+    def tail(
+        self,
+        part: int,
+        carried: tuple[Tensor, ...],
+        time_BE: Tensor,
+        film: Sequence[Tensor],
+        grid: tuple[int, int, int],
+        source_BTCHW: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """One part of `leave`: takes what the part before it returned, the first one the tokens; the last returns what
+        `forward` does."""
+        refine = self.refine
+        if part == 0:
+            (x_BNE,) = carried
+            shift, scale = (self.head_modulation + time_BE[:, None]).unsqueeze(2).unbind(1)
+            out = self._unpatchify(self.head(_modulate(x_BNE, shift, 1 + scale, self.config.eps)), *grid)
+            return (out,) if refine is None else (out, refine.begin(out, source_BTCHW, film))
+        assert refine is not None  # there are no other parts
+        out, x_NCHW = carried
+        x_NCHW = refine.through(x_NCHW, film, part - 1)
+        return (refine.end(x_NCHW, out),) if part == len(refine.blocks) else (out, x_NCHW)
 
     def forward_clip(
         self,

@@ -7,6 +7,7 @@ a small convolutional residual in the decoder. A convolutional encoder was left 
 one core where the projection takes 4.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,15 +21,51 @@ PIXELS_PER_LATENT = 8
 BLOCK_VALUES = 3 * FRAMES_PER_LATENT * PIXELS_PER_LATENT**2
 
 
+Memory = tuple[Tensor, ...]
+Carried = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class VAEState:
     """Memory of one direction of one stream. Empty at the start; a call returns the next one."""
 
-    memory: tuple[Tensor, ...] = ()
+    memory: Memory = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an encoder or decoder, which may run on a device of its own.
+
+    run: what the part before it returned, and its own memory, to what the next one takes, and the memory for the next
+    call. The first part takes one tensor, as the last returns one: frames and latents. slots: as many tensors are its
+    memory, none of them at the start of a stream.
+    """
+
+    run: Callable[[Carried, Memory], tuple[Carried, Memory]]
+    slots: int = 0
+
+
+def run_parts(parts: Sequence[Part], x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """Run all parts one after another. Their memory lies in one tuple, in their order; empty at a stream's start."""
+    carried: Carried = (x,)
+    kept: list[Tensor] = []
+    taken = 0
+    for part in parts:
+        own = memory[taken : taken + part.slots]
+        taken += part.slots
+        carried, new = part.run(carried, own)
+        kept += new
+    return carried[0], tuple(kept)
 
 
 class StreamVAE(Protocol):
     """Encodes and decodes a stream in any split into chunks with one and the same result."""
+
+    def encode_parts(self) -> list[Part]:
+        """What `encode` consists of, in order."""
+
+    def decode_parts(self) -> list[Part]:
+        """What `decode` consists of, in order."""
 
     def encode(self, frames_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
         """Frames in [-1, 1] to latents in the encoder's own scale."""
@@ -152,16 +189,37 @@ class TinyVAE(nn.Module):
 
         Returns: frames [B, 4T, 3, 8H, 8W], not clamped, and the state for the next call.
         """
+        frames, memory = run_parts(self.decode_parts(), latent_BTCHW, state.memory)
+        return frames, VAEState(memory)
+
+    def encode_parts(self) -> list[Part]:
+        """One: the projection."""
+        return [Part(lambda carried, memory: ((self.encode(carried[0], VAEState())[0],), ()))]
+
+    def decode_parts(self) -> list[Part]:
+        """Three of about the same work: the chunk and its frames at an eighth of the size, at a quarter, in full."""
+        return [Part(self._decode_frames, slots=1), Part(self._decode_quarter), Part(self._decode_pixels)]
+
+    def _decode_frames(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        (latent_BTCHW,) = carried
         batch, groups, _, height, width = latent_BTCHW.shape
         raw = self._raw(latent_BTCHW)
         x = self.decode_chunk(functional.relu(self.decode_in(raw)))
         x = functional.relu(self.to_frames(x)).view(batch, groups * FRAMES_PER_LATENT, -1, height, width)
-        x, last = self.memory(x, state.memory[0] if state.memory else None)
-        x = functional.relu(space_from_channels(self.to_pixels(x.flatten(0, 1)), 2))
-        detail = space_from_channels(self.decode_out(self.decode_frame(x)), 4)
+        x, last = self.memory(x, memory[0] if memory else None)
+        return (x, raw), (last,)
+
+    def _decode_quarter(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        x_BTCHW, raw = carried
+        x = functional.relu(space_from_channels(self.to_pixels(x_BTCHW.flatten(0, 1)), 2))
+        x = self.decode_frame(x)
+        return (x.view(*x_BTCHW.shape[:2], *x.shape[1:]), raw), ()
+
+    def _decode_pixels(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        x_BTCHW, raw = carried
+        detail = space_from_channels(self.decode_out(x_BTCHW.flatten(0, 1)), 4)
         frames = detail + self._linear(raw).view_as(detail)
-        frames = frames.view(batch, -1, *frames.shape[1:])
-        return frames, VAEState((last,))
+        return (frames.view(*x_BTCHW.shape[:2], *frames.shape[1:]),), ()
 
     def linear_picture(self, latent_BTCHW: Tensor) -> Tensor:
         """What the projection alone makes of latents: frames as from `decode`, without its detail, for a tenth."""

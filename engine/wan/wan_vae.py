@@ -18,18 +18,18 @@ both; a stream that starts has no memory yet. So a list can be cut anywhere, for
 Source: the Wan 2.1 report, arXiv:2503.20314, and the layout of its published weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
+from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Carried, Memory, Part, VAEState, run_parts
 from engine.wan.vae_config import LatentConfig, WanVAEConfig
 
 ConvPath = Literal["auto", "conv3d", "taps"]
-Memory = tuple[Tensor, ...]
 
 
 def state_bytes(state: VAEState) -> int:
@@ -426,13 +426,13 @@ class WanVAE(nn.Module):
         Raises: ValueError for another length or size.
         """
         check_frames(frames_BTCHW, state)
-        stages, memory = self.encode_stages(), state.memory
+        parts, memory = self.encode_parts(), state.memory
         latents = []
-        # Not `not memory`: torch.compile has no graph for it.
+        # Not `not memory`: torch.compile has no graph for it. A pass at a time: a clip's features would fill memory.
         for frames in passes(frames_BTCHW, FRAMES_PER_LATENT, start=len(memory) == 0):
-            x_BTHWC, memory = run_stages(stages, channels_last(frames), memory)
-            latents.append(x_BTHWC)
-        return channels_third(join(latents)), VAEState(memory)
+            latent_BTCHW, memory = run_parts(parts, frames, memory)
+            latents.append(latent_BTCHW)
+        return join(latents), VAEState(memory)
 
     def decode(self, latent_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
         """One frame for the first latent of a stream and 4 for every other.
@@ -445,12 +445,12 @@ class WanVAE(nn.Module):
         Raises: ValueError for no latents.
         """
         check_latents(latent_BTCHW)
-        stages, memory = self.decode_stages(), state.memory
+        parts, memory = self.decode_parts(), state.memory
         frames = []
-        for latent in passes(self.denormalise(latent_BTCHW), 1, start=len(memory) == 0):
-            x_BTHWC, memory = run_stages(stages, channels_last(latent), memory)
-            frames.append(x_BTHWC.clamp_(-1, 1))
-        return channels_third(join(frames)), VAEState(memory)
+        for latent in passes(latent_BTCHW, 1, start=len(memory) == 0):
+            frames_BTCHW, memory = run_parts(parts, latent, memory)
+            frames.append(frames_BTCHW)
+        return join(frames), VAEState(memory)
 
     def normalise(self, raw_BTCHW: Tensor) -> Tensor:
         """From the scale of `encode` to that of `decode`; like raw_BTCHW."""
@@ -459,6 +459,14 @@ class WanVAE(nn.Module):
     def denormalise(self, latent_BTCHW: Tensor) -> Tensor:
         """The inverse of `normalise`; like latent_BTCHW."""
         return self.scale.denormalise(latent_BTCHW)
+
+    def encode_parts(self) -> list[Part]:
+        """From pixels to raw means: its stages."""
+        return between_pixels(stage_parts(_paced(self.encode_stages(), FRAMES_PER_LATENT)), _as_it_is, _as_it_is)
+
+    def decode_parts(self) -> list[Part]:
+        """From normalised latents to pixels: its stages."""
+        return between_pixels(stage_parts(_paced(self.decode_stages(), 1)), self.denormalise, _clamped)
 
     def encode_stages(self) -> list[Stage]:
         """From pixels, 1 frame or 4, to the raw mean of one latent."""
@@ -469,6 +477,80 @@ class WanVAE(nn.Module):
         """From one raw latent to pixels, not clamped, of 1 frame or 4."""
         decoder = self.decoder
         return [self.conv2, decoder.conv1, *_stages(decoder.middle), *_stages(decoder.upsamples), decoder.head]
+
+
+def _paced(stages: Sequence[Stage], frames: int) -> list[tuple[Stage, int]]:
+    """Stages with the frames that a pass, but for a stream's first, brings to each; frames: to the first of them."""
+    paced = []
+    for stage in stages:
+        paced.append((stage, frames))
+        if isinstance(stage, SpaceTimeDown):
+            frames //= 2
+        elif isinstance(stage, SpaceTimeUp):
+            frames *= 2
+    return paced
+
+
+def stage_parts(stages: Iterable[tuple[Stage, int]], *, first_alone: bool = True) -> list[Part]:
+    """Stages as parts: one for each that has memory, the others with the one before them.
+
+    They take and return [B, T, H, W, C]. A part tells the start of a stream by having no memory yet.
+
+    Args:
+        stages: with the frames that a pass brings to each.
+        first_alone: whether the first pass of a stream has one frame everywhere.
+    """
+    groups: list[tuple[list[Stage], int]] = []
+    for stage, frames in stages:
+        if groups and not (stage.slots and _slots(groups[-1][0])):
+            groups[-1][0].append(stage)
+        else:
+            groups.append(([stage], frames))
+    return [Part(partial(_run_part, group, frames, first_alone), _slots(group)) for group, frames in groups]
+
+
+def between_pixels(
+    parts: Sequence[Part], enter: Callable[[Tensor], Tensor], leave: Callable[..., Tensor]
+) -> list[Part]:
+    """Parts of which the first takes and the last returns [B, T, C, H, W].
+
+    Args:
+        enter: what is done to the input first. leave: what is done to the output [B, T, H, W, C] at the end, given it
+            and whether a stream began.
+    """
+    first, *middle, last = parts
+    return [Part(partial(_enter, first, enter), first.slots), *middle, Part(partial(_leave, last, leave), last.slots)]
+
+
+def _enter(part: Part, enter: Callable[[Tensor], Tensor], carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+    return part.run((channels_last(enter(carried[0])),), memory)
+
+
+def _leave(part: Part, leave: Callable[..., Tensor], carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+    (x_BTHWC,), new = part.run(carried, memory)
+    return (channels_third(leave(x_BTHWC, start=len(memory) == 0)),), new
+
+
+def _as_it_is(x: Tensor, *, start: bool = False) -> Tensor:
+    return x
+
+
+def _clamped(x_BTHWC: Tensor, *, start: bool) -> Tensor:
+    return x_BTHWC.clamp_(-1, 1)
+
+
+def _slots(stages: Sequence[Stage]) -> int:
+    return sum(stage.slots for stage in stages)
+
+
+def _run_part(
+    stages: Sequence[Stage], frames: int, first_alone: bool, carried: Carried, memory: Memory
+) -> tuple[Carried, Memory]:
+    done = []
+    for one in passes(carried[0], frames, start=first_alone and len(memory) == 0):
+        x_BTHWC, memory = run_stages(stages, one.contiguous(), memory)
+        done.append(x_BTHWC)
+    return (join(done),), memory
 
 
 def check_frames(frames_BTCHW: Tensor, state: VAEState) -> None:

@@ -16,7 +16,7 @@ from engine.pipeline import Pipeline
 from engine.session import Item, SessionState
 from engine.wan.presets import LIVEBRUSH_TINY, TransformerConfig
 from engine.wan.untrained import untrained_wan_model
-from engine.wan.vae import VAEState
+from engine.wan.vae import Carried, Memory, Part, VAEState, run_parts
 from engine.wan.vae_config import WanVAEConfig
 from engine.wan.wan_vae import WanVAE, check_frames
 from engine.wan.weights import Model
@@ -50,9 +50,29 @@ class PoolingVAE(WanVAE):
         return torch.cat((mean, torch.ones_like(mean[:, :, :1])), dim=2), VAEState((frames_BTCHW[:, -1:].clone(),))
 
     def decode(self, latent_BTCHW: Tensor, state: VAEState) -> tuple[Tensor, VAEState]:
-        colours = self.denormalise(latent_BTCHW)[:, :, :3]
-        frames = colours.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4).repeat_interleave(4, dim=1)
-        return frames if state.memory else frames[:, 3:], VAEState((latent_BTCHW[:, -1:].clone(),))
+        frames, memory = run_parts(self.decode_parts(), latent_BTCHW, state.memory)
+        return frames, VAEState(memory)
+
+    def encode_parts(self) -> list[Part]:
+        """The averages whole."""
+        return [Part(self._encode, slots=1)]
+
+    def decode_parts(self) -> list[Part]:
+        """The colours, then their pixels."""
+        return [Part(self._colours), Part(_pixels, slots=1)]
+
+    def _encode(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        latent, state = PoolingVAE.encode(self, carried[0], VAEState(memory))
+        return (latent,), state.memory
+
+    def _colours(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+        return (self.denormalise(carried[0])[:, :, :3],), ()
+
+
+def _pixels(carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
+    (colours,) = carried
+    frames = colours.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4).repeat_interleave(4, dim=1)
+    return (frames if memory else frames[:, 3:],), (colours[:, -1:].clone(),)
 
 
 @cache
