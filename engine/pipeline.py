@@ -282,18 +282,29 @@ class Pipeline:
         Args:
             pixels_TCHW: in [-1, 1]; float32 where motion is measured on them, so that it is exact.
         """
-        context = state.prompts.context
-        assert context is not None  # `tick` has seen to it
-        count = pixels_TCHW.shape[0]
         vae = self._vae(state.params)
         changes = state.encoding is not vae and state.encoding is not None
         if state.encoding is not vae:
             # The cache goes on: both VAEs make the same latents. Only their memories are of their own kind.
             state.encoding, state.encoder = vae, VAEState()
-        first = 1 if self._starts_alone and not state.encoder.memory else 0
-        missing = (first - count) % FRAMES_PER_LATENT
-        whole = pixels_TCHW if not missing else torch.cat((pixels_TCHW[:1].expand(missing, -1, -1, -1), pixels_TCHW))
-        source, state.encoder = vae.encode(whole[None].to(self.model.dtype), state.encoder)
+        whole = self._whole(pixels_TCHW, fresh=not state.encoder.memory)
+        source, state.encoder = vae.encode(whole, state.encoder)
+        return self._lay_out(state, pixels_TCHW, source, vae, changes=changes)
+
+    def _whole(self, pixels_TCHW: Tensor, *, fresh: bool) -> Tensor:
+        """What the VAE is given for a chunk [1, T, 3, H, W]: as many frames as it takes, at the start or later."""
+        first = 1 if self._starts_alone and fresh else 0
+        missing = (first - pixels_TCHW.shape[0]) % FRAMES_PER_LATENT
+        start = pixels_TCHW[:1].expand(missing, -1, -1, -1)
+        whole = pixels_TCHW if not missing else torch.cat((start, pixels_TCHW))
+        return whole[None].to(self.model.dtype)
+
+    def _lay_out(
+        self, state: SessionState, pixels_TCHW: Tensor, source: Tensor, vae: VAE, *, changes: bool = False
+    ) -> Item:
+        """The steps of a chunk, given its raw latent. changes: whether the one before was encoded by another VAE."""
+        context, count = state.prompts.context, pixels_TCHW.shape[0]
+        assert context is not None  # `tick` has seen to it
         if self.sampling.latents == "normalised":
             source = vae.normalise(source)
         camera = self._camera_figures(state, pixels_TCHW)

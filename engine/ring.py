@@ -1,17 +1,19 @@
-"""One model spread over several ranks, in a ring: each holds a run of DiT blocks, and passes follow each other.
+"""One model spread over several ranks, in a ring: each holds a run of its units, and passes follow each other.
 
-Rank 0 takes frames in, encodes and schedules; the last rank ends a pass and decodes. A pass carries one chunk at one of
-its steps; the clean latent comes back to rank 0, which sends the chunk on its next step. So steps and blocks are both
-spread: up to two passes a rank are under way, of many streams or of the successive chunks of one.
+Rank 0 takes frames in and schedules. A chunk goes along the parts that encode, and its source comes back; then along
+blocks and refiner once a step, and each time the clean latent comes back; then along the parts that decode, and its
+frames come back (`engine.chain`). Each comes back from the rank where its way ends, whichever that is. So steps and
+units are both spread: up to two passes a rank are under way, of many streams or of the successive chunks of one.
 
 A pass holds one row. The public ring sends the rows of all steps of a stream together, every micro-step: a chunk then
 takes n x W micro-steps of n rows. One row at a time costs n x W micro-steps of one row, an n-th of the latency at the
 same throughput, where a row alone fills the device (a frame at 480p does). It also makes a result independent of what
 else is under way: W ranks give bit for bit what one gives.
 
-Rank 0 keeps the slots of the KV cache and sends with each pass those that matter; keys and values of a block lie on the
-rank that holds the block. Everything reaches a rank in the order rank 0 sent it, on one wire: emptied and copied rows,
-new prompts and a new plan (epoch) included. So streams come, change and go with no drain.
+Rank 0 keeps the slots of the KV cache and sends with each pass those that matter; keys and values of a block, and what
+the autoencoder remembers, lie on the rank that holds the unit. Everything reaches a rank in the order rank 0 sent it,
+on one wire: emptied and copied rows, new prompts and a new plan (epoch) included. So streams come, change and go with
+no drain.
 
 Axes in names: B rows, T latent frames, C channels, H and W rows and columns, N tokens, E model width.
 """
@@ -19,19 +21,21 @@ Axes in names: B rows, T latent frames, C channels, H and W rows and columns, N 
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.api import EngineError, StreamParams
+from engine.chain import Chain
 from engine.flow_match import add_noise, stacked
 from engine.kv_cache import CacheRow
 from engine.pipeline import Mode, Pipeline, Rendered
 from engine.ring_orders import CHANGES, Change, Kind, Layout, Order
-from engine.ring_pace import Pace
+from engine.ring_pace import HOME, Pace
 from engine.ring_stage import Stage, StagePool
 from engine.session import Item, NoiseSource, PassInput, SessionState
 from engine.transport import Outbox
@@ -39,23 +43,52 @@ from engine.wan.transformer import PromptContext
 from engine.wan.weights import Model
 
 PASSES_PER_RANK = 2
+# As many of the last measurements are kept.
+TIMES = 64
+J = TypeVar("J")
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """A chunk that waits. pixels: None until it has been sent to be encoded; source: until it came back. spent_s: what
+    each rank has spent on it so far."""
+
+    frames: Tensor
+    pixels: Tensor | None = None
+    source: Tensor | None = None
+    spent_s: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Flow:
-    """A stream on rank 0. slot: its decoder. waiting: chunks, and parameters for those behind them. held: taken in,
-    waits for the chunks in flight. alone: runs its steps by itself. generation: counts resets; passes of an older one
-    are let go."""
+    """A stream on rank 0. slot: its memories. waiting: chunks, and parameters for those behind them. held: laid out,
+    waits for the chunks in flight. alone: runs its steps by itself. fresh: nothing of it was encoded yet. generation:
+    counts resets; what is under way of an older one is let go."""
 
     key: str
     state: SessionState
     slot: int
-    waiting: deque[Tensor | StreamParams] = field(default_factory=deque)
+    waiting: deque[_Chunk | StreamParams] = field(default_factory=deque)
     advanced: bool = False
     recache: bool = False
-    held: Item | None = None
+    held: tuple[Item, list[float]] | None = None
     alone: Item | None = None
+    fresh: bool = True
     generation: int = 0
+
+    @property
+    def unsent(self) -> _Chunk | None:
+        """The next chunk that was not sent to be encoded."""
+        return next((chunk for chunk in self.waiting if isinstance(chunk, _Chunk) and chunk.pixels is None), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoding:
+    """A chunk whose source is due."""
+
+    flow: Flow
+    chunk: _Chunk
+    generation: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +104,43 @@ class _Pass:
     @property
     def stale(self) -> bool:
         return self.generation != self.flow.generation
+
+
+class _Due(Generic[J]):
+    """What was asked for, and is taken in the same order: where units have moved, a later answer may come first."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[J] = deque()
+        self._answers: dict[int, tuple[Order, Tensor]] = {}
+        self._asked = self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[J]:
+        return iter(self._jobs)
+
+    @property
+    def first(self) -> J | None:
+        """What is due next."""
+        return self._jobs[0] if self._jobs else None
+
+    def ask(self, job: J) -> int:
+        """Returns the number that the answer must have."""
+        self._jobs.append(job)
+        self._asked += 1
+        return self._asked - 1
+
+    def answer(self, order: Order, tensor: Tensor) -> None:
+        """Keep what came back until its turn."""
+        self._answers[order.number] = order, tensor
+
+    def take(self) -> tuple[J, Order, Tensor] | None:
+        """The next in order, once its answer is there."""
+        if self._taken not in self._answers:
+            return None
+        self._taken += 1
+        return self._jobs.popleft(), *self._answers.pop(self._taken - 1)
 
 
 @dataclass(frozen=True)
@@ -99,11 +169,13 @@ class RingHead(Pipeline):
         width: int,
         height: int,
         bounds: Sequence[int],
+        chain: Chain,
         *,
         streams: int,
         mode: Mode = "batch",
         raw: bool = False,
         balance: bool = False,
+        capacity_bytes: Sequence[float] | None = None,
         onward: Outbox | None = None,
         group: dist.ProcessGroup | None = None,
         pool_type: type[StagePool] = StagePool,
@@ -111,48 +183,53 @@ class RingHead(Pipeline):
         """Prepare rank 0.
 
         Args:
-            bounds: first block of every rank, and the end.
+            bounds: first unit of every rank, and the end; chain: what they are bounds of.
             raw: results are pixels and latents, see `Done`.
-            balance: move blocks by measured times, see `engine.partition.Balancer`.
-            onward: to rank 1, where there is one. group: for blocks that move.
+            balance: move units by measured times, see `Pace`; capacity_bytes: of each rank for what they keep.
+            onward: to rank 1, where there is one. group: for units that move.
         """
         super().__init__(model, width, height, streams=streams, mode=mode, pool_type=pool_type)
         assert isinstance(self.pool, StagePool)
         self.ring_pool = self.pool
-        self.stage = Stage(model, self.pool, 0, bounds, streams)
-        self.ranks = len(bounds) - 1
-        self.layout = Layout(self.ranks, self.pool.window)
+        self.stage = Stage(model, self.pool, 0, bounds, streams, chain)
+        self.ranks, self.chain = len(bounds) - 1, chain
+        self.layout = Layout(self.ranks, self.pool.window, chain.units)
         self.flows: dict[str, Flow] = {}
         self.done: deque[Done] = deque()
         self.failed: deque[tuple[str, EngineError]] = deque()
         self.passes = 0
-        self.times: deque[list[float]] = deque(maxlen=64)
-        self.encode_s = self.decode_s = 0.0
+        # Of the last passes and chunks: what every rank took for a pass, every unit when it ran, and rank 0 beside them
+        # to lay a chunk out and to finish it.
+        self.times: deque[list[float]] = deque(maxlen=TIMES)
+        self.unit_times: list[deque[float]] = [deque(maxlen=TIMES) for _ in range(chain.units)]
+        self.home_times: deque[float] = deque(maxlen=TIMES)
         self._raw, self._onward, self._group = raw, onward, group
         self._limit = PASSES_PER_RANK * self.ranks
-        self._pace = Pace(self.ranks, model.config.transformer.layers) if balance and self.ranks > 1 else None
-        self._under_way: deque[_Pass] = deque()
+        self._pace = Pace(self.ranks, chain, capacity_bytes) if balance and self.ranks > 1 else None
+        self._encoding: _Due[_Encoding] = _Due()
+        self._under_way: _Due[_Pass] = _Due()
         self._ready: deque[_Pass] = deque()
-        self._showing: deque[_Pass] = deque()
-        self._arrived: deque[Tensor] = deque()
+        self._showing: _Due[_Pass] = _Due()
         self._pixels: Tensor | None = None
+        self._layout_s = 0.0
         self._slots = list(range(streams))[::-1]
         self._contexts: list[PromptContext | None] = [None] * (2 * streams + 2 * self._limit + 2)
 
     @property
     def busy(self) -> bool:
         """Whether an answer from another rank is due."""
-        return bool(self._under_way or self._showing)
+        return bool(self._encoding or self._under_way or self._showing)
 
     @property
     def has_room(self) -> bool:
         """Whether a new chunk could go in now: those between their steps come first."""
-        return len(self._under_way) + len(self._ready) < self._limit
+        return len(self._encoding) + len(self._under_way) + len(self._ready) < self._limit
 
     def takes(self, key: str) -> bool:
-        """Whether the stream has no chunk here that waits for another of its own."""
+        """Whether the stream has no chunk here that waits for another of its own; where several ranks encode, as many
+        may be there as keep them busy."""
         flow = self.flows[key]
-        return flow.alone is None and flow.held is None and not flow.waiting
+        return flow.alone is None and flow.held is None and len(flow.waiting) < max(1, self._encoding_ranks)
 
     # --- streams
 
@@ -174,7 +251,7 @@ class RingHead(Pipeline):
 
     def submit(self, key: str, frames: Tensor) -> None:
         """Give a stream its next chunk: uint8 [T, H, W, 3], or pixels [T, 3, H, W] in [-1, 1]."""
-        self.flows[key].waiting.append(frames)
+        self.flows[key].waiting.append(_Chunk(frames))
 
     def update(self, key: str, params: StreamParams) -> None:
         """Change a stream from the next chunk it is given. Raises ValueError for what the model cannot follow."""
@@ -185,10 +262,16 @@ class RingHead(Pipeline):
     def restart(self, key: str) -> list[int]:
         """`Pipeline.reset` for a stream of the ring: returns the chunks that are lost."""
         flow = self.flows[key]
-        lost = [item.chunk for item in (flow.alone, flow.held) if item is not None]
+        lost = [] if flow.alone is None else [flow.alone.chunk]
+        lost += [] if flow.held is None else [flow.held[0].chunk]
         lost += self.reset(flow.state)
         flow.generation += 1
         flow.alone = flow.held = None
+        flow.fresh = True
+        for chunk in flow.waiting:
+            if isinstance(chunk, _Chunk):
+                # It is encoded again, as the first of a stream.
+                chunk.pixels = chunk.source = None
         self._forget(flow.slot)
         return lost
 
@@ -197,36 +280,25 @@ class RingHead(Pipeline):
     @torch.inference_mode()
     def fill(self) -> None:
         """Send what can be sent: first chunks under way, oldest first; then new ones, stream by stream."""
-        while len(self._under_way) < self._limit:
+        while True:
+            self._take_answers()
+            if len(self._encoding) + len(self._under_way) >= self._limit:
+                return
             if self._ready:
                 job = self._ready.popleft()
                 if not job.stale:
                     self._issue(job.flow, job.item, job.spent_s)
-            elif not self._enter_one():
+            elif not self._enter_one() and not self._encode_ahead():
                 return
 
-    @torch.inference_mode()
-    def take_clean(self, words: Sequence[float], clean: Tensor) -> None:
-        """What came back on the wire for latents."""
-        order = Order.read(words, self.layout)
-        shape = (1, order.frames, *self._latent)
-        self._returned(order, clean[: torch.Size(shape).numel()].view(shape))
-
-    @torch.inference_mode()
-    def take_frames(self, words: Sequence[float], pixels: Tensor) -> None:
-        """What came back on the wire for frames."""
-        order = Order.read(words, self.layout)
-        shape = (order.show, 3, self.height, self.width)
-        self._arrived.append(pixels[: torch.Size(shape).numel()].view(shape))
-        self._show()
+    def take(self, words: Sequence[float], tensors: Sequence[Tensor]) -> None:
+        """What came back on a wire; it is seen to in the next `fill`."""
+        self._answer(Order.read(words, self.layout), tensors[0])
 
     @torch.inference_mode()
     def move(self, bounds: Sequence[int]) -> None:
         """Go over to another plan while passes are under way. Raises ValueError for bounds that are no plan."""
-        layers = self.model.config.transformer.layers
-        whole = len(bounds) == self.ranks + 1 and (bounds[0], bounds[-1]) == (0, layers)
-        if not whole or list(bounds) != sorted(bounds):
-            raise ValueError(f"bounds {tuple(bounds)} must rise from 0 to {layers} over {self.ranks} ranks")
+        self.chain.check(bounds, self.ranks)
         if list(bounds) == self.stage.bounds:
             return
         epoch = self.stage.epoch + 1
@@ -242,7 +314,7 @@ class RingHead(Pipeline):
     # --- parts
 
     def decode(self, item: Item) -> Tensor:
-        """The frames that the last rank made of it."""
+        """The frames that were made of it."""
         assert self._pixels is not None
         return self._pixels
 
@@ -291,27 +363,33 @@ class RingHead(Pipeline):
                 self.set_params(state, params)
             if not flow.waiting or not self._prepared(flow):
                 return False
-            frames = flow.waiting.popleft()
-            assert isinstance(frames, Tensor)  # parameters have been taken up
-            flow.advanced = False
+            chunk = flow.waiting[0]
+            assert isinstance(chunk, _Chunk)  # parameters have been taken up
             if state.prompts.context is None:
+                flow.waiting.popleft()
+                flow.advanced = False
                 self.done.append(Done(flow.key, state.chunks, None, None, None))
-                self._count(state, frames.shape[0])
+                self._count(state, chunk.frames.shape[0])
                 return True
+            if chunk.pixels is None:
+                self._encode(flow, chunk)
+                return True
+            if chunk.source is None:
+                return False
+            flow.waiting.popleft()
+            flow.advanced = False
             began = time.perf_counter()
-            item = self.take_in(state, self._as_pixels(frames))
-            self.encode_s = time.perf_counter() - began
-            if self._pace is not None:
-                self._pace.note(0, "encode", self.encode_s)
+            item = self._lay_out(state, chunk.pixels, chunk.source, self.model.vae)
+            self._layout_s = time.perf_counter() - began
             item.rows = self.ring_pool.rows_of_steps(item.rows)
             if item.pipelined:
                 state.in_flight.append(item)
                 self.batch.begin(item)
-                self._issue(flow, item, self._spent())
+                self._issue(flow, item, chunk.spent_s)
                 return True
-            flow.held = item
+            flow.held = item, chunk.spent_s
         # Chunks of one step use one row, and every rank does them in their order: they may follow each other.
-        item = flow.held
+        item, spent_s = flow.held
         single = item.schedule.steps == 1
         if state.in_flight and not (single and all(other.schedule.steps == 1 for other in state.in_flight)):
             return False
@@ -320,18 +398,44 @@ class RingHead(Pipeline):
         flow.held = None
         self.batch.begin(item)
         if item.done:
-            self._issue_shown(flow, item)
+            self._issue_shown(flow, item, spent_s)
             return True
         if single:
             state.in_flight.append(item)
         else:
             flow.alone = item
-        self._issue(flow, item, self._spent())
+        self._issue(flow, item, spent_s)
         return True
 
-    def _spent(self) -> list[float]:
-        """Of a chunk that has just been encoded."""
-        return [self.encode_s, *[0.0] * (self.ranks - 1)]
+    @property
+    def _encoding_ranks(self) -> int:
+        """How many ranks have a part in encoding."""
+        return sum(begin < self.chain.encode.stop for begin in self.stage.bounds[:-1])
+
+    def _encode(self, flow: Flow, chunk: _Chunk) -> None:
+        """Send a chunk to be encoded."""
+        chunk.pixels = self._as_pixels(chunk.frames)
+        whole = self._whole(chunk.pixels, fresh=flow.fresh)
+        flow.fresh = False
+        order = self._coding(Kind.ENCODE, flow)
+        order.number = self._encoding.ask(_Encoding(flow, chunk, flow.generation))
+        self._begin(order, (whole,))
+
+    def _encode_ahead(self) -> bool:
+        """Where several ranks encode, send a chunk before its turn; returns whether there was one."""
+        for flow in self.flows.values():
+            waiting = sum(job.flow is flow for job in self._encoding)
+            # Before its first prompt nothing of a stream is encoded.
+            known = flow.state.prompts.context is not None
+            if known and 0 < waiting < self._encoding_ranks and (chunk := flow.unsent):
+                self._encode(flow, chunk)
+                return True
+        return False
+
+    def _coding(self, kind: Kind, flow: Flow) -> Order:
+        return Order(
+            kind, self.stage.epoch, stream=flow.slot, rank_s=[0.0] * self.ranks, unit_s=[0.0] * self.chain.units
+        )
 
     def _as_pixels(self, frames: Tensor) -> Tensor:
         if frames.dtype != torch.uint8:
@@ -391,22 +495,18 @@ class RingHead(Pipeline):
         order.reply, order.stream = True, flow.slot
         order.sigma, order.strength = float(schedule.sigmas[step]), float(schedule.strength)
         job = _Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B), spent_s)
-        self._under_way.append(job)
+        order.number = self._under_way.ask(job)
         if step + 1 == schedule.steps:
-            order.show = item.frames
-            self._showing.append(job)
+            order.show, order.show_number = item.frames, self._showing.ask(job)
         self._run(order, noisy, item.source)
 
-    def _issue_shown(self, flow: Flow, item: Item) -> None:
+    def _issue_shown(self, flow: Flow, item: Item, spent_s: list[float]) -> None:
         """Send a chunk that has no steps to be decoded."""
         latent = self.model.vae.normalise(item.clean) if self.sampling.latents == "raw" else item.clean
-        order = Order(Kind.SHOW, self.stage.epoch, item.source.shape[1], stream=flow.slot, show=item.frames)
-        self._showing.append(_Pass(flow, item, flow.generation, None, self._spent()))
-        if self._onward is None:
-            self._arrived.append(self.stage.show(order, latent))
-            self._show()
-        else:
-            self._send(order, [latent])
+        order = self._coding(Kind.SHOW, flow)
+        order.show = item.frames
+        order.number = self._showing.ask(_Pass(flow, item, flow.generation, None, spent_s))
+        self._begin(order, (latent,))
 
     def _order(self, row: CacheRow, slots: Tensor, timestep_B: Tensor, context: PromptContext) -> Order:
         return Order(
@@ -420,81 +520,111 @@ class RingHead(Pipeline):
             held=self.pool.held[row.index].tolist(),
             slots=slots[0].tolist(),
             rank_s=[0.0] * self.ranks,
+            unit_s=[0.0] * self.chain.units,
         )
 
     def _run(self, order: Order, noisy: Tensor, source: Tensor) -> None:
-        """Rank 0's share of a pass; the rest of it too where there is no other rank."""
+        """Begin a pass: rank 0 makes tokens of latents, then its share is as that of any rank."""
         self.passes += 1
         transformer = self.model.transformer
         x_BNE = transformer.enter(noisy, source if transformer.config.condition_channels else None)
-        x_BNE, time_BE = self.stage.through(order, x_BNE)
-        if self._onward is not None:
-            self._send(order, [x_BNE, noisy, source])
-            return
-        self.ring_pool.changes.clear()
-        if not order.reply:
-            return
-        clean = self.stage.end(order, x_BNE, time_BE, noisy, source)
-        if order.show:
-            self._arrived.append(self.stage.show(order, clean))
-        order.decode_s = self.stage.decode_s
-        self._returned(order, clean)
+        self._begin(order, (noisy, source, x_BNE))
 
-    def _returned(self, order: Order, clean: Tensor) -> None:
+    def _begin(self, order: Order, carried: tuple[Tensor, ...]) -> None:
+        """Rank 0's share of what goes along a section of the chain."""
+        self.stage.work(order, carried, self._send, self._answer)
+        if len(self.ring_pool.changes) >= CHANGES:
+            # What ended here took no changes along.
+            self._send(Order(Kind.NOTE, epoch=self.stage.epoch))
+
+    # --- answers
+
+    def _answer(self, order: Order, tensor: Tensor) -> None:
+        due: dict[Kind, _Due[Any]] = {
+            Kind.ENCODE: self._encoding,
+            Kind.PASS: self._under_way,
+            Kind.SHOW: self._showing,
+        }
+        due[order.kind].answer(order, tensor)
+
+    def _take_answers(self) -> None:
+        """See to what came back; to frames behind their clean latent, which may come later from another rank."""
+        while encoded := self._encoding.take():
+            self._encoded_one(*encoded)
+        while passed := self._under_way.take():
+            self._passed_one(*passed)
+        while (job := self._showing.first) and (job.stale or job.item.done) and (shown := self._showing.take()):
+            self._shown_one(*shown)
+
+    def _encoded_one(self, job: _Encoding, order: Order, source: Tensor) -> None:
+        self._note(order, self.chain.encode)
+        if job.generation == job.flow.generation:
+            job.chunk.source, job.chunk.spent_s = source, list(order.rank_s)
+
+    def _passed_one(self, job: _Pass, order: Order, clean: Tensor) -> None:
         self.times.append(order.rank_s)
-        self.decode_s = order.decode_s
-        job = self._under_way.popleft()
-        for rank, time_s in enumerate(order.rank_s):
-            job.spent_s[rank] += time_s
         flow, item, state = job.flow, job.item, job.flow.state
-        self._balance(order, item.schedule.steps)
-        if not job.stale:
-            item.clean = clean
-            item.step += 1
-            if not item.done:
-                self._ready.append(job)
-                return
-            assert job.given is not None  # only a chunk without steps has none, and that is never under way
-            state.history.append(job.given)
-            if item is flow.alone:
-                self._prime(item)
-                flow.alone = None
-            else:
-                assert state.in_flight[0] is item  # the wires keep order
-                state.in_flight.popleft()
-        self._show()
+        _add(job.spent_s, order.rank_s)
+        self._note(order, range(self.chain.blocks.start, self.chain.tail.stop), item.schedule.steps)
+        self._balance(order)
+        if job.stale:
+            return
+        item.clean = clean
+        item.step += 1
+        if not item.done:
+            self._ready.append(job)
+            return
+        assert job.given is not None  # only a chunk without steps has none, and that is never under way
+        state.history.append(job.given)
+        if item is flow.alone:
+            self._prime(item)
+            flow.alone = None
+        else:
+            assert state.in_flight[0] is item  # answers are taken in order
+            state.in_flight.popleft()
 
-    def _balance(self, order: Order, steps: int) -> None:
-        """Note what a pass took, and move blocks when that pays. A chunk takes each block once a step."""
+    def _shown_one(self, job: _Pass, order: Order, pixels: Tensor) -> None:
+        self._note(order, self.chain.decode)
+        item, key = job.item, job.flow.key
+        if job.stale:
+            return
+        began, home_s, rendered = time.perf_counter(), self._layout_s, None
+        if not self._raw:
+            self._pixels = pixels
+            rendered = self._finish(item)
+            home_s += time.perf_counter() - began
+        self.home_times.append(home_s)
+        if self._pace is not None:
+            self._pace.note(0, HOME, home_s)
+        _add(job.spent_s, order.rank_s)
+        job.spent_s[0] += home_s
+        if self._raw:
+            self.done.append(Done(key, item.chunk, None, item, pixels))
+        else:
+            self.done.append(Done(key, item.chunk, rendered, item, None, max(job.spent_s)))
+
+    def _note(self, order: Order, units: range, times: int = 1) -> None:
+        """What the units of a section took; a chunk takes blocks and refiner once a step."""
+        for rank, (begin, end) in enumerate(itertools.pairwise(self.stage.bounds)):
+            for unit in range(max(begin, units.start), min(end, units.stop)):
+                self.unit_times[unit].append(order.unit_s[unit])
+                if self._pace is not None and order.epoch == self.stage.epoch:
+                    self._pace.note(rank, self.chain.kinds[unit], order.unit_s[unit] * times)
+
+    def _balance(self, order: Order) -> None:
+        """Move units when that pays."""
         if self._pace is None or order.epoch != self.stage.epoch:
             return
-        for rank, (begin, end) in enumerate(itertools.pairwise(self.stage.bounds)):
-            if end > begin:
-                self._pace.note(rank, "block", order.rank_s[rank] * steps / (end - begin))
-        self._pace.note(self.ranks - 1, "decode", order.decode_s)
         bounds = self._pace.close(self.stage.bounds)
         if bounds is not None:
             self.move(bounds)
-
-    def _show(self) -> None:
-        """Hand out chunks whose latent and frames have both come; they come on two wires."""
-        while self._arrived and (self._showing[0].stale or self._showing[0].item.done):
-            job, pixels = self._showing.popleft(), self._arrived.popleft()
-            item, key = job.item, job.flow.key
-            if job.stale:
-                continue
-            if self._raw:
-                self.done.append(Done(key, item.chunk, None, item, pixels))
-            else:
-                self._pixels = pixels
-                job.spent_s[-1] += self.decode_s
-                self.done.append(Done(key, item.chunk, self._finish(item), item, None, max(job.spent_s)))
 
     def _contextualise(self, states_LK: Tensor, mean_K: Tensor) -> PromptContext:
         """See `Pipeline`; every rank learns the text."""
         used = [flow.state.prompts.context for flow in self.flows.values()]
         used += [job.item.prompt for job in (*self._under_way, *self._ready)]
-        used += [item.prompt for flow in self.flows.values() for item in (flow.held, flow.alone) if item is not None]
+        used += [flow.held[0].prompt for flow in self.flows.values() if flow.held is not None]
+        used += [flow.alone.prompt for flow in self.flows.values() if flow.alone is not None]
         place = next(
             place
             for place, known in enumerate(self._contexts)
@@ -505,3 +635,8 @@ class RingHead(Pipeline):
         self._contexts[place] = context
         self._send(Order(Kind.TEXT, epoch=self.stage.epoch, prompt=place), [states, mean])
         return context
+
+
+def _add(total: list[float], more: Sequence[float]) -> None:
+    for place, value in enumerate(more):
+        total[place] += value

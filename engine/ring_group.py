@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -29,13 +30,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, RankLost, StreamParams
-from engine.partition import even_split
+from engine.chain import Chain, chain_of
 from engine.pipeline import Mode
 from engine.ring import Done, RingHead
 from engine.ring_orders import Layout
-from engine.ring_stage import Sizes, Stage, StagePool, serve
+from engine.ring_stage import Stage, StagePool, serve
 from engine.session import NoiseSource
-from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, meet, open_wire
+from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, WireShape, meet, open_wire
+from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from engine.wan.weights import Model
 
 # A rank that ends because another one did: the other is to blame.
@@ -51,9 +53,10 @@ class RingSpec:
     """What a ring is made of.
 
     streams: as many at once. span: latent frames of the usual chunk, which the buffers are made for; longer ones go in
-    pieces. bounds: first DiT block of every rank, and the end; even where left out. balance: blocks move by measured
-    times. raw: results are latents and pixels as the decoder made them. waiting: chunks a stream may have unanswered.
-    reply_timeout_s: after which a rank that does not answer is lost.
+    pieces. bounds: first unit of every rank, and the end (`engine.chain`); even where left out. balance: units move by
+    measured times; capacity_bytes: of each rank for what units keep of streams, unlimited where left out. raw: results
+    are latents and pixels as the decoder made them. waiting: chunks a stream may have unanswered. reply_timeout_s:
+    after which a rank that does not answer is lost.
     """
 
     ranks: int
@@ -64,6 +67,7 @@ class RingSpec:
     span: int = 1
     bounds: tuple[int, ...] | None = None
     balance: bool = False
+    capacity_bytes: tuple[float, ...] | None = None
     raw: bool = False
     threads: int = 1
     waiting: int = 16
@@ -94,15 +98,21 @@ class RingResult:
 
 @dataclass(frozen=True)
 class RingStats:
-    """bounds, epoch: the plan in force. rank_s: what each rank takes for its blocks in one pass, medians, seconds.
-    encode_s, decode_s: of the last chunk. passes: so far."""
+    """bounds, epoch: the plan in force. kinds: of the units. passes: so far. Medians, seconds: rank_s, what each rank
+    takes for its part of one pass; unit_s, each unit when it runs; home_s, rank 0 for a chunk beside its units."""
 
     bounds: tuple[int, ...]
     epoch: int
+    kinds: tuple[str, ...]
     rank_s: tuple[float, ...]
-    encode_s: float
-    decode_s: float
+    unit_s: tuple[float, ...]
+    home_s: float
     passes: int
+
+    def total_s(self, kind: str) -> float:
+        """What the units of a kind take together, or all that encode or decode."""
+        named = zip(self.kinds, self.unit_s, strict=True)
+        return sum(time_s for name, time_s in named if name == kind or name.startswith(f"{kind} "))
 
 
 class RingGroup:
@@ -337,56 +347,74 @@ def _run_rank(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connecti
         head, inboxes = make_head(model, spec, port)
         _lead(head, spec, pipe, inboxes)
         return
-    last = spec.ranks - 1
-    sizes, layout, bounds = _shapes(model, spec)
+    shapes = _shapes(model, spec)
     meet(rank, spec.ranks, port)
-    forward, back, frames = (open_wire(shape) for shape in sizes.wires(layout))
+    forward, back = (open_wire(shape) for shape in shapes.wires)
     moving = dist.new_group(backend="gloo")
-    onwards = (
-        [Outbox(wire, 0, timeout_s=spec.reply_timeout_s) for wire in (back, frames)]
-        if rank == last
-        else [Outbox(forward, rank + 1, timeout_s=spec.reply_timeout_s)]
+    onward = Outbox(forward, rank + 1, timeout_s=spec.reply_timeout_s) if rank + 1 < spec.ranks else None
+    answers = Outbox(back, 0, timeout_s=spec.reply_timeout_s)
+    config = model.config.transformer
+    pool = spec.pool_type(
+        config, shapes.grid, shapes.rows, cache=model.config.cache, device=model.device, dtype=model.dtype
     )
-    inbox = Inbox(forward, rank - 1)
-    serve(_stage(model, spec, sizes, rank, bounds), sizes, layout, inbox, onwards, moving)
+    stage = Stage(model, pool, rank, shapes.bounds, spec.streams, shapes.chain)
+    serve(stage, shapes.layout, Inbox(forward, rank - 1), onward, answers, moving)
 
 
 def make_head(model: Model, spec: RingSpec, port: int) -> "tuple[RingHead, list[tuple[str, Inbox]]]":
     """Rank 0 of a ring, met with the others, and its wires, see `Events`. Raises ValueError for wrong bounds."""
-    sizes, layout, bounds = _shapes(model, spec)
+    shapes = _shapes(model, spec)
     options: dict[str, Any] = {
         "streams": spec.streams,
         "mode": spec.mode,
         "raw": spec.raw,
         "balance": spec.balance,
+        "capacity_bytes": spec.capacity_bytes,
         "pool_type": spec.pool_type,
     }
-    if spec.ranks == 1:
-        return RingHead(model, spec.width, spec.height, bounds, **options), []
-    meet(0, spec.ranks, port)
-    forward, back, frames = (open_wire(shape) for shape in sizes.wires(layout))
-    moving = dist.new_group(backend="gloo")
-    onward = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
-    head = RingHead(model, spec.width, spec.height, bounds, onward=onward, group=moving, **options)
-    return head, [("clean", Inbox(back, spec.ranks - 1)), ("frames", Inbox(frames, spec.ranks - 1))]
+    if spec.ranks > 1:
+        meet(0, spec.ranks, port)
+        forward, back = (open_wire(shape) for shape in shapes.wires)
+        options["group"] = dist.new_group(backend="gloo")
+        options["onward"] = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
+    head = RingHead(model, spec.width, spec.height, shapes.bounds, shapes.chain, **options)
+    return head, [("answer", Inbox(back, rank)) for rank in range(1, spec.ranks)]
 
 
-def _shapes(model: Model, spec: RingSpec) -> tuple[Sizes, Layout, Sequence[int]]:
-    layers = model.config.transformer.layers
-    bounds = spec.bounds or even_split(spec.ranks, layers)
-    if len(bounds) != spec.ranks + 1 or (bounds[0], bounds[-1]) != (0, layers) or list(bounds) != sorted(bounds):
-        raise ValueError(f"bounds {bounds} must rise from 0 to {layers} over {spec.ranks} ranks")
-    sizes = Sizes(model, spec.width, spec.height, spec.span)
-    return sizes, Layout(spec.ranks, model.config.transformer.window_frames), bounds
+@dataclass(frozen=True)
+class _Shapes:
+    """What every rank works out alike: the chain and its first bounds, rows of the cache and tokens of a latent frame
+    across and down, and the wires: from rank to rank, and back to rank 0."""
+
+    chain: Chain
+    bounds: Sequence[int]
+    layout: Layout
+    rows: int
+    grid: tuple[int, int]
+    wires: tuple[WireShape, WireShape]
 
 
-def _stage(model: Model, spec: RingSpec, sizes: Sizes, rank: int, bounds: Sequence[int]) -> Stage:
-    """A rank after the first: with as many cache rows as rank 0 has."""
-    config = model.config
-    steps = 4 if config.sampling.timesteps is None else len(config.sampling.timesteps)
+def _shapes(model: Model, spec: RingSpec) -> _Shapes:
+    """Raises ValueError for bounds that are none of this chain."""
+    config = model.config.transformer
+    steps = 4 if model.config.sampling.timesteps is None else len(model.config.sampling.timesteps)
     rows = spec.streams * (steps if spec.mode == "batch" else 1)
-    pool = StagePool(config.transformer, sizes.grid, rows, cache=config.cache, device=model.device, dtype=model.dtype)
-    return Stage(model, pool, rank, bounds, spec.streams)
+    chain = chain_of(model, spec.width, spec.height, span=spec.span, streams=spec.streams, rows=rows)
+    bounds = spec.bounds or chain.even(spec.ranks)
+    chain.check(bounds, spec.ranks)
+    size = spec.height // PIXELS_PER_LATENT, spec.width // PIXELS_PER_LATENT
+    grid = size[0] // config.patch[1], size[1] // config.patch[2]
+    layout = Layout(spec.ranks, config.window_frames, chain.units)
+    latent = spec.span * config.latent_channels * size[0] * size[1]
+    # A pass between two blocks is one piece, and so is a latent on its way back; the rest goes in several.
+    tokens = spec.span * grid[0] * grid[1] * config.dim + 2 * latent
+    text = (config.text_len + 1) * config.text_dim
+    pixels = spec.span * FRAMES_PER_LATENT * 3 * spec.height * spec.width
+    wires = (
+        WireShape(layout.words, tokens, max(chain.carried, text), model.dtype, model.device),
+        WireShape(layout.words, latent, max(latent, pixels), model.dtype, model.device),
+    )
+    return _Shapes(chain, bounds, layout, rows, grid, wires)
 
 
 Event = tuple[str, Any]
@@ -421,7 +449,7 @@ class Events:
                 event = self._queue.get(timeout=max(0.0, self._heard_at + self.reply_timeout_s - time.monotonic()))
             except queue.Empty:
                 raise self._hung() from None
-            if event[0] not in ("clean", "frames") and time.monotonic() > self._heard_at + self.reply_timeout_s:
+            if event[0] != "answer" and time.monotonic() > self._heard_at + self.reply_timeout_s:
                 raise self._hung()
         if event[0] == "gone":
             raise PeerGone(str(event[1]))
@@ -450,10 +478,8 @@ def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tu
         if name == "stop":
             head.stop()
             return
-        if name == "clean":
-            head.take_clean(value.words, value.payload)
-        elif name == "frames":
-            head.take_frames(value.words, value.payload)
+        if name == "answer":
+            head.take(value.words, value.tensors)
         else:
             _obey(head, value, pipe)
         head.fill()
@@ -503,9 +529,10 @@ def _stats(head: RingHead) -> RingStats:
     return RingStats(
         bounds=tuple(head.stage.bounds),
         epoch=head.stage.epoch,
+        kinds=head.chain.kinds,
         rank_s=tuple(times.median(0).values.tolist()),
-        encode_s=head.encode_s,
-        decode_s=head.decode_s,
+        unit_s=tuple(statistics.median(seen) if seen else 0.0 for seen in head.unit_times),
+        home_s=statistics.median(head.home_times) if head.home_times else 0.0,
         passes=head.passes,
     )
 

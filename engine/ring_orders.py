@@ -6,7 +6,7 @@ and a new plan (epoch).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 # Changes of the cache that go with one message; more go ahead in messages of their own.
@@ -14,14 +14,15 @@ CHANGES = 8
 
 
 class Kind(IntEnum):
-    """What a message asks of a rank."""
+    """What a message asks of a rank. The first three go along a section of the chain, to the rank where it ends."""
 
-    PASS = 1
-    SHOW = 2
-    TEXT = 3
-    NOTE = 4
-    PLAN = 5
-    STOP = 6
+    ENCODE = 1
+    PASS = 2
+    SHOW = 3
+    TEXT = 4
+    NOTE = 5
+    PLAN = 6
+    STOP = 7
 
 
 class Change(IntEnum):
@@ -35,29 +36,33 @@ class Change(IntEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """What all ranks of a ring know of its messages: ranks, slots of a window."""
+    """What all ranks of a ring know of its messages: ranks, slots of a window, units of the chain."""
 
     ranks: int
     window: int
+    units: int
 
     @property
     def words(self) -> int:
         """Length of `Order.write`."""
-        return 13 + 2 * self.window + 4 * CHANGES + 2 * self.ranks + 1
+        return 14 + 2 * self.window + 4 * CHANGES + 2 * self.ranks + 1 + self.units
 
 
 @dataclass
 class Order:
     """The words of a message.
 
-    frames: latent frames. row, seen, held, slots: the cache row as it is for this pass, see `KVPool`. stream: whose
-    decoder. prompt: where its text lies. reply: whether the clean latent goes back. show: camera frames to decode then;
-    0 for none. bounds: first block of every rank, and the end. rank_s: what each rank took for its blocks, seconds, as
-    the message went by.
+    number: of the passes, chunks to encode or chunks to show, each counted by rank 0; show_number: of the chunk that a
+    pass is shown as. frames: latent frames. row, seen, held, slots: the cache row as it is for this pass, see `KVPool`.
+    stream: whose memories. prompt: where its text lies. reply: whether the clean latent goes back. show: camera frames
+    to decode then; 0 for none. bounds: first unit of every rank, and the end. rank_s, unit_s: what each rank and each
+    unit took as the message went by, seconds.
     """
 
     kind: Kind
     epoch: int = 0
+    number: int = 0
+    show_number: int = 0
     frames: int = 0
     row: int = 0
     seen: int = 0
@@ -68,18 +73,18 @@ class Order:
     timestep: float = 0.0
     sigma: float = 0.0
     strength: float = 0.0
-    decode_s: float = 0.0
     held: Sequence[int] = ()
     slots: Sequence[int] = ()
     changes: Sequence[tuple[int, int, int, int]] = ()
     rank_s: list[float] = field(default_factory=list)
+    unit_s: list[float] = field(default_factory=list)
     bounds: Sequence[int] = ()
 
     def write(self, layout: Layout) -> list[float]:
         """As words of a fixed number."""
         scalars = (
-            self.kind, self.epoch, self.frames, self.row, self.seen, self.stream, self.prompt, self.reply, self.show,
-            self.timestep, self.sigma, self.strength, self.decode_s,
+            self.kind, self.epoch, self.number, self.show_number, self.frames, self.row, self.seen, self.stream,
+            self.prompt, self.reply, self.show, self.timestep, self.sigma, self.strength,
         )  # fmt: skip
         changes = list(itertools.chain.from_iterable(self.changes))
         return [
@@ -88,6 +93,7 @@ class Order:
             *_padded(self.slots, layout.window),
             *_padded(changes, 4 * CHANGES),
             *_padded(self.rank_s, layout.ranks),
+            *_padded(self.unit_s, layout.units),
             *_padded(self.bounds, layout.ranks + 1),
         ]
 
@@ -95,13 +101,17 @@ class Order:
     def read(cls, words: Sequence[float], layout: Layout) -> "Order":
         """The inverse of `write`."""
         rest = iter(words)
-        kind, epoch, frames, row, seen, stream, prompt, reply, show = (int(next(rest)) for _ in range(9))
-        timestep, sigma, strength, decode_s = (next(rest) for _ in range(4))
+        kind, epoch, number, show_number, frames, row, seen, stream, prompt, reply, show = (
+            int(next(rest)) for _ in range(11)
+        )
+        timestep, sigma, strength = (next(rest) for _ in range(3))
         held, slots = ([int(next(rest)) for _ in range(layout.window)] for _ in range(2))
         changes = [tuple(int(next(rest)) for _ in range(4)) for _ in range(CHANGES)]
         return cls(
             kind=Kind(kind),
             epoch=epoch,
+            number=number,
+            show_number=show_number,
             frames=frames,
             row=row,
             seen=seen,
@@ -112,12 +122,22 @@ class Order:
             timestep=timestep,
             sigma=sigma,
             strength=strength,
-            decode_s=decode_s,
             held=held,
             slots=slots[:frames],
             changes=[(a, b, c, d) for a, b, c, d in changes if a],
             rank_s=[next(rest) for _ in range(layout.ranks)],
+            unit_s=[next(rest) for _ in range(layout.units)],
             bounds=[int(next(rest)) for _ in range(layout.ranks + 1)],
+        )
+
+    def to_show(self) -> "Order":
+        """What becomes of a pass that has ended and is to be shown: the changes go with it, its times start anew."""
+        return replace(
+            self,
+            kind=Kind.SHOW,
+            number=self.show_number,
+            rank_s=[0.0] * len(self.rank_s),
+            unit_s=[0.0] * len(self.unit_s),
         )
 
 

@@ -1,12 +1,12 @@
-"""One rank of a ring: its share of the model, what it remembers of streams, and the loop of a rank after the first.
+"""One rank of a ring: its units of the chain, what it remembers of streams, and the loop of a rank after the first.
 
 Axes in names: B rows, T latent frames, C channels, H and W rows and columns, N tokens, E model width.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.chain import Chain
 from engine.denoise import predict_clean
 from engine.kv_cache import CacheRow, KVPool
 from engine.ring_orders import Change, Kind, Layout, Order
-from engine.transport import Inbox, Message, Outbox, PeerGone, WireShape
+from engine.transport import Inbox, Outbox, PeerGone
 from engine.wan.presets import TransformerConfig
 from engine.wan.transformer import PromptContext
-from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEState
+from engine.wan.vae import Carried, Memory
 from engine.wan.weights import Model
 
 MOVE_TIMEOUT_S = 60.0
+# Axes of what moves: those of `StagePool.block`.
+MOVED_AXES = 6
 
 
 class StagePool(KVPool):
@@ -62,10 +65,6 @@ class StagePool(KVPool):
         place = layer - self._layers.start
         return torch.stack((self.keys[place], self.values[place]))
 
-    def empty_block(self) -> Tensor:
-        """Memory for what `block` returns."""
-        return torch.empty((2, *self._shape), device=self.held.device, dtype=self._kind)
-
     def clear(self, row: CacheRow) -> None:
         """See `KVPool.clear`."""
         super().clear(row)
@@ -101,26 +100,33 @@ class StagePool(KVPool):
 
 
 class Stage:
-    """One rank's share of a pass, and what it remembers between passes."""
+    """One rank's share of the chain, and what it remembers of streams for the units that lie here."""
 
-    def __init__(self, model: Model, pool: StagePool, rank: int, bounds: Sequence[int], streams: int) -> None:
-        self.model, self.pool, self.rank, self.bounds = model, pool, rank, list(bounds)
+    def __init__(
+        self, model: Model, pool: StagePool, rank: int, bounds: Sequence[int], streams: int, chain: Chain
+    ) -> None:
+        self.model, self.pool, self.rank, self.bounds, self.chain = model, pool, rank, list(bounds), chain
         self.epoch = 0
-        self.decode_s = 0.0
+        self._streams = streams
         self._texts: dict[int, tuple[Tensor, Tensor]] = {}
         self._prompts: dict[int, PromptContext] = {}
-        self._decoders = [VAEState() for _ in range(streams)]
-        pool.hold(self.layers)
+        # Of every unit of the autoencoder, whether it lies here or not.
+        self._parts = dict(zip(chain.encode, model.vae.encode_parts(), strict=True))
+        self._parts |= dict(zip(chain.decode, model.vae.decode_parts(), strict=True))
+        # Of those that do: the memory of every stream.
+        self._memories: dict[int, list[Memory]] = {}
+        self._hold({})
 
     @property
     def layers(self) -> range:
         """The blocks that lie here."""
-        return range(self.bounds[self.rank], self.bounds[self.rank + 1])
+        blocks = self._own(self.chain.blocks)
+        return range(blocks.start - self.chain.blocks.start, blocks.stop - self.chain.blocks.start)
 
-    @property
-    def last(self) -> bool:
-        """Whether passes end here."""
-        return self.rank == len(self.bounds) - 2
+    def ends(self, kind: Kind) -> bool:
+        """Whether messages of this kind, of those that reach this rank, end their section of the chain here."""
+        sections = {Kind.ENCODE: self.chain.encode, Kind.PASS: self.chain.tail, Kind.SHOW: self.chain.decode}
+        return self.bounds[self.rank + 1] >= sections[kind].stop
 
     def learn(self, place: int, states_LK: Tensor, mean_K: Tensor) -> PromptContext:
         """Keep a prompt's text keys and values for these blocks."""
@@ -138,167 +144,194 @@ class Stage:
                 self.pool.follow(change)
 
     def forget(self, stream: int) -> None:
-        """Begin a stream's decoder anew."""
-        self._decoders[stream] = VAEState()
+        """Begin a stream's autoencoder anew."""
+        for memories in self._memories.values():
+            memories[stream] = ()
 
-    def through(self, order: Order, x_BNE: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens through the blocks here; returns them with the time embedding."""
+    def work(self, order: Order, carried: Carried, onward: Callable[..., None], answer: Callable[..., None]) -> None:
+        """This rank's share of what goes along a section of the chain; a pass that ends here may go on to be shown.
+
+        Args:
+            onward: sends an order with its tensors to the next rank, if there is one. answer: sends one with the tensor
+                that came of it to rank 0: source, clean latent, or frames [T, 3, H, W].
+        """
         if order.epoch != self.epoch:
-            raise RuntimeError(f"a pass of plan {order.epoch} came to a rank at plan {self.epoch}")
+            raise RuntimeError(f"a message of plan {order.epoch} came to a rank at plan {self.epoch}")
         began = time.perf_counter()
-        device, pool, prompt = x_BNE.device, self.pool, self._prompts[order.prompt]
-        pool.held[order.row] = torch.tensor(order.held).to(device)
-        view = pool.view([CacheRow(order.row, order.seen)], torch.tensor([list(order.slots)]).to(device))
-        timestep_B = torch.tensor([order.timestep], dtype=torch.float64).to(device)
-        time_BE = self.model.transformer.time(timestep_B, prompt.pooled, x_BNE.dtype)
-        out = self.model.transformer.through(x_BNE, time_BE, prompt, view, self.layers)
+        carried = self._denoise(order, carried) if order.kind == Kind.PASS else self._code(order, carried)
         order.rank_s[self.rank] = time.perf_counter() - began
-        return out, time_BE
-
-    def end(self, order: Order, x_BNE: Tensor, time_BE: Tensor, noisy: Tensor, source: Tensor) -> Tensor:
-        """The clean latent that the last block's tokens stand for."""
-        transformer = self.model.transformer
-        config = transformer.config
-        condition = source if config.condition_channels else None
-        output = transformer.leave(x_BNE, time_BE, transformer.grid(noisy), condition)
-        sigma = torch.tensor([order.sigma], dtype=torch.float64).to(noisy.device)
-        strength = torch.tensor([order.strength]).to(noisy.device)
-        return predict_clean(config.prediction, output, noisy, source, sigma, strength)
-
-    def show(self, order: Order, latent: Tensor) -> Tensor:
-        """The camera frames that a latent is shown as [T, 3, H, W]."""
-        began = time.perf_counter()
-        decoded, self._decoders[order.stream] = self.model.vae.decode(latent, self._decoders[order.stream])
-        self.decode_s = time.perf_counter() - began
-        return decoded[0, -order.show :]
+        if not self.ends(order.kind):
+            onward(order, carried)
+            return
+        if order.kind != Kind.PASS or order.reply:
+            answer(order, carried[0][0, -order.show :] if order.kind == Kind.SHOW else carried[0])
+        if order.kind == Kind.PASS and order.show:
+            self.work(order.to_show(), carried, onward, answer)
+        elif order.changes:
+            onward(Order(Kind.NOTE, epoch=order.epoch, changes=order.changes), ())
 
     def move(self, bounds: Sequence[int], epoch: int, group: dist.ProcessGroup | None) -> None:
-        """Go over to another plan: blocks that leave are sent, all rows of them, and those that come are received.
+        """Go over to another plan: what units that leave keep of streams is sent, and that of those that come received.
 
-        A rank comes here when it has done all passes of the old plan. Weights are at hand on every rank.
+        A rank comes here when it has done all messages of the old plan. Weights are at hand on every rank. What is kept
+        goes through the host, after a row of shapes for each unit.
 
         Raises: PeerGone.
         """
-        old, new = _owners(self.bounds), _owners(bounds)
-        works: list[dist.Work | None] = []
-        arrived: dict[int, Tensor] = {}
-        sent: list[Tensor] = []
+        ways = enumerate(zip(_owners(self.bounds), _owners(bounds), strict=True))
+        moving = [(unit, donor, owner) for unit, (donor, owner) in ways if donor != owner and self._kept(unit)]
+        works: list[tuple[dist.Work | None, Tensor]] = []
+        arrived: dict[int, list[Tensor]] = {}
         try:
-            for layer, (donor, owner) in enumerate(zip(old, new, strict=True)):
-                if donor == owner:
-                    continue
+            for unit, donor, owner in moving:
                 if donor == self.rank:
-                    sent.append(self.pool.block(layer))
-                    works.append(dist.isend(sent[-1], owner, group))
-                elif owner == self.rank:
-                    arrived[layer] = self.pool.empty_block()
-                    works.append(dist.irecv(arrived[layer], donor, group))
-            for work in works:
-                if work is not None:
-                    work.wait(timedelta(seconds=MOVE_TIMEOUT_S))
+                    # Both are kept until they are sent.
+                    works += [(dist.isend(row, owner, group), row) for row in self._pack(unit) if row.numel()]
+            for unit, donor, owner in moving:
+                if owner == self.rank:
+                    arrived[unit] = self._unpack(unit, donor, group)
+            for work, _ in works:
+                _finish(work)
         except RuntimeError as error:
             raise PeerGone(str(error)) from error
         self.bounds, self.epoch = list(bounds), epoch
-        self.pool.hold(self.layers, arrived)
+        self._hold(arrived)
         for place, (states, mean) in self._texts.items():
             self.learn(place, states, mean)
+
+    # --- parts
+
+    def _own(self, section: range) -> range:
+        """The units of a section that lie here."""
+        first = min(max(self.bounds[self.rank], section.start), section.stop)
+        return range(first, min(max(self.bounds[self.rank + 1], first), section.stop))
+
+    def _code(self, order: Order, carried: Carried) -> Carried:
+        """Through the units here that encode, or decode."""
+        for unit in self._own(self.chain.encode if order.kind == Kind.ENCODE else self.chain.decode):
+            began = time.perf_counter()
+            memories = self._memories[unit]
+            carried, memories[order.stream] = self._parts[unit].run(carried, memories[order.stream])
+            order.unit_s[unit] = time.perf_counter() - began
+        return carried
+
+    def _denoise(self, order: Order, carried: Carried) -> Carried:
+        """Through the blocks here, head and refiner: from noisy latent, source and tokens to the clean latent."""
+        noisy, source, *rest = carried
+        transformer, config = self.model.transformer, self.model.config.transformer
+        blocks, tail = self._own(self.chain.blocks), self._own(self.chain.tail)
+        if not blocks and not tail:
+            return carried
+        device, prompt = noisy.device, self._prompts[order.prompt]
+        timestep_B = torch.tensor([order.timestep], dtype=torch.float64).to(device)
+        time_BE = transformer.time(timestep_B, prompt.pooled, noisy.dtype)
+        if blocks:
+            began = time.perf_counter()
+            self.pool.held[order.row] = torch.tensor(order.held).to(device)
+            view = self.pool.view([CacheRow(order.row, order.seen)], torch.tensor([list(order.slots)]).to(device))
+            rest = [transformer.through(rest[0], time_BE, prompt, view, self.layers)]
+            each_s = (time.perf_counter() - began) / len(blocks)
+            for unit in blocks:
+                order.unit_s[unit] = each_s
+        if tail:
+            film, grid = transformer.film(time_BE, order.frames), transformer.grid(noisy)
+            condition = source if config.condition_channels else None
+            for unit in tail:
+                began = time.perf_counter()
+                part = unit - self.chain.tail.start
+                rest = list(transformer.tail(part, tuple(rest), time_BE, film, grid, condition))
+                order.unit_s[unit] = time.perf_counter() - began
+        if not self.ends(Kind.PASS):
+            return noisy, source, *rest
+        sigma = torch.tensor([order.sigma], dtype=torch.float64).to(device)
+        strength = torch.tensor([order.strength]).to(device)
+        return (predict_clean(config.prediction, rest[0], noisy, source, sigma, strength),)
+
+    def _hold(self, arrived: Mapping[int, Sequence[Tensor]]) -> None:
+        """Hold what the units here keep of streams from now on."""
+        first = self.chain.blocks.start
+        self.pool.hold(
+            self.layers, {unit - first: kept[0] for unit, kept in arrived.items() if unit in self.chain.blocks}
+        )
+        before, self._memories = self._memories, {}
+        for unit in (*self._own(self.chain.encode), *self._own(self.chain.decode)):
+            if unit in arrived:
+                rows, slots = iter(arrived[unit]), self._parts[unit].slots
+                memories = [tuple(itertools.islice(rows, slots)) for _ in range(self._streams)]
+                # A stream that has not begun has none.
+                self._memories[unit] = [memory if all(x.numel() for x in memory) else () for memory in memories]
+            else:
+                self._memories[unit] = before.get(unit, [()] * self._streams)
+
+    def _kept(self, unit: int) -> int:
+        """How many tensors a unit keeps, of all streams together."""
+        if unit in self.chain.blocks:
+            return 1
+        return self._streams * self._parts[unit].slots if unit in self._parts else 0
+
+    def _pack(self, unit: int) -> tuple[Tensor, Tensor]:
+        """What a unit keeps, on the host: shapes of its tensors, and their values in one row."""
+        if unit in self.chain.blocks:
+            tensors = [self.pool.block(unit - self.chain.blocks.start)]
+        else:
+            nothing = torch.empty(0, dtype=self.model.dtype)
+            slots = self._parts[unit].slots
+            tensors = [x for memory in self._memories[unit] for x in memory or (nothing,) * slots]
+        shapes = torch.zeros(len(tensors), MOVED_AXES, dtype=torch.int64)
+        for place, tensor in enumerate(tensors):
+            shapes[place, : tensor.dim()] = torch.tensor(tensor.shape)
+        return shapes.flatten(), torch.cat([tensor.cpu().reshape(-1) for tensor in tensors])
+
+    def _unpack(self, unit: int, donor: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+        """What another rank packed."""
+        shapes = torch.empty(self._kept(unit) * MOVED_AXES, dtype=torch.int64)
+        _finish(dist.irecv(shapes, donor, group))
+        sizes = [[length for length in shape if length] or [0] for shape in shapes.view(-1, MOVED_AXES).tolist()]
+        values = torch.empty(sum(map(math.prod, sizes)), dtype=self.model.dtype)
+        if values.numel():
+            _finish(dist.irecv(values, donor, group))
+        parts = torch.split(values.to(self.model.device), [math.prod(size) for size in sizes])
+        # Each in memory of its own: a view would keep all of them.
+        return [part.view(size).clone() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait(timedelta(seconds=MOVE_TIMEOUT_S))
 
 
 def _owners(bounds: Sequence[int]) -> list[int]:
     return [rank for rank, (begin, end) in enumerate(itertools.pairwise(bounds)) for _ in range(begin, end)]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a ring's tensors for one frame size. span: latent frames of the usual chunk."""
-
-    model: Model
-    width: int
-    height: int
-    span: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token rows and columns of a latent frame."""
-        _, rows, columns = self.model.config.transformer.patch
-        return self.height // PIXELS_PER_LATENT // rows, self.width // PIXELS_PER_LATENT // columns
-
-    def tokens(self, frames: int) -> tuple[int, ...]:
-        """Of a pass between two blocks."""
-        return 1, frames * self.grid[0] * self.grid[1], self.model.config.transformer.dim
-
-    def latent(self, frames: int) -> tuple[int, ...]:
-        """Of a chunk."""
-        channels = self.model.config.transformer.latent_channels
-        return 1, frames, channels, self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
-
-    def pixels(self, frames: int) -> tuple[int, ...]:
-        """Of camera frames."""
-        return frames, 3, self.height, self.width
-
-    def text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a prompt's states and their mean."""
-        config = self.model.config.transformer
-        return (config.text_len, config.text_dim), (config.text_dim,)
-
-    def wires(self, layout: Layout) -> tuple[WireShape, WireShape, WireShape]:
-        """Of the wire from rank to rank, of that for latents back to rank 0, and of that for frames."""
-        latent = torch.Size(self.latent(self.span)).numel()
-        tokens = torch.Size(self.tokens(self.span)).numel()
-        pixels = torch.Size(self.pixels(FRAMES_PER_LATENT * self.span)).numel()
-        return (
-            self._wire(layout, tokens + 2 * latent),
-            self._wire(layout, latent),
-            self._wire(layout, pixels),
-        )
-
-    def _wire(self, layout: Layout, values: int) -> WireShape:
-        return WireShape(layout.words, values, self.model.dtype, self.model.device)
-
-
-def serve(stage: Stage, sizes: Sizes, layout: Layout, inbox: Inbox, onward: Sequence[Outbox], group: Any) -> None:
+def serve(stage: Stage, layout: Layout, inbox: Inbox, onward: Outbox | None, back: Outbox, group: Any) -> None:
     """A rank after the first: follow rank 0 until it says stop. Raises PeerGone.
 
     Args:
-        onward: to the next rank; of the last rank: latents and frames to rank 0.
-        group: for blocks that move.
+        onward: to the next rank, where there is one. back: to rank 0. group: for what moves.
     """
+
+    def send_on(order: Order, tensors: Sequence[Tensor] = ()) -> None:
+        if onward is not None:
+            onward.send(order.write(layout), tensors)
+
+    def answer(order: Order, tensor: Tensor) -> None:
+        back.send(order.write(layout), [tensor])
+
     while True:
         message = inbox.receive()
         order = Order.read(message.words, layout)
         stage.follow(order.changes)
-        if order.kind in (Kind.PASS, Kind.SHOW):
-            _work(stage, sizes, layout, order, message, onward)
+        if order.kind in (Kind.ENCODE, Kind.PASS, Kind.SHOW):
+            stage.work(order, tuple(message.tensors), send_on, answer)
             continue
-        if not stage.last:
-            onward[0].send(order.write(layout), [message.payload] if order.kind == Kind.TEXT else [])
+        send_on(order, message.tensors)
         if order.kind == Kind.TEXT:
-            stage.learn(order.prompt, *message.split(*sizes.text()))
+            stage.learn(order.prompt, *message.tensors)
         elif order.kind == Kind.PLAN:
             stage.move(order.bounds, order.epoch, group)
         elif order.kind == Kind.STOP:
-            for outbox in onward:
-                outbox.flush()
+            for outbox in (onward, back):
+                if outbox is not None:
+                    outbox.flush()
             return
-
-
-def _work(stage: Stage, sizes: Sizes, layout: Layout, order: Order, message: Message, onward: Sequence[Outbox]) -> None:
-    latent = sizes.latent(order.frames)
-    if order.kind == Kind.SHOW:
-        clean = message.split(latent)[0]
-        if not stage.last:
-            onward[0].send(order.write(layout), [clean])
-            return
-    else:
-        x, noisy, source = message.split(sizes.tokens(order.frames), latent, latent)
-        x, time_BE = stage.through(order, x)
-        if not stage.last:
-            onward[0].send(order.write(layout), [x, noisy, source])
-            return
-        if not order.reply:
-            return
-        clean = stage.end(order, x, time_BE, noisy, source)
-        order.decode_s = stage.decode_s
-        onward[0].send(order.write(layout), [clean])
-    if order.show:
-        onward[1].send(order.write(layout), [stage.show(order, clean)])

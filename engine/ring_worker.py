@@ -183,7 +183,7 @@ class RingWorker(Worker):
             if name == "message":
                 self._handle(value)
             else:
-                self._take(name, value)
+                self._take(value)
 
     # --- the loop's parts
 
@@ -212,9 +212,8 @@ class RingWorker(Worker):
             if not self._pipeline.takes(str(number)) or len(stream.entered) >= most
         }
 
-    def _take(self, name: str, message: Message) -> None:
-        take = self._pipeline.take_clean if name == "clean" else self._pipeline.take_frames
-        take(message.words, message.payload)
+    def _take(self, message: Message) -> None:
+        self._pipeline.take(message.words, message.tensors)
 
     def _hand_over(self) -> bool:
         """Send what the ring has made; returns whether there was anything."""
@@ -341,7 +340,7 @@ class RingWorker(Worker):
         head.submit(key, head.upload(frames))
         head.fill()
         while not head.done:
-            self._take(*self._events.next(busy=True))
+            self._take(self._events.next(busy=True)[1])
             head.fill()
         return head.done.popleft().cost_s
 

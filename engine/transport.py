@@ -1,14 +1,16 @@
-"""Tensors between the ranks of one ring: fixed shapes, receives posted ahead, two buffers each way.
+"""Tensors between the ranks of one ring: pieces of a fixed size, receives posted ahead, private buffers each way.
 
 A message is a row of numbers, the words, and a payload of tensors one after another. Words travel as float64: whole
-numbers up to 2**53 and every float32 come out as they went in. A payload is cut into pieces of one fixed size, so that
-no shape is ever announced and the receive of the next message is posted before it is sent; most are one piece.
+numbers up to 2**53 and every float32 come out as they went in; the shapes of the tensors are among them. A payload is
+cut into pieces of one fixed size, so that the receive of the next message is posted before it is sent: buffers for two
+pieces, or for the largest usual message and one more. Most messages are one piece.
 
 gloo reads a buffer after `isend` has returned, so a message is copied into a private one, and a buffer is filled again
 only once its last send is done. On a GPU words stay on the host (gloo) and payloads go by NCCL: that path is written
 and has never been run by us.
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 DEPTH = 2
+# What a message may hold: so many tensors, of so many axes.
+TENSORS = 4
+AXES = 5
 HOST = "127.0.0.1"
 # Waiting for work has no other end: a peer that dies breaks the connection at once.
 IDLE_LIMIT_S = 30 * 86_400.0
@@ -33,12 +38,24 @@ class PeerGone(Exception):
 
 @dataclass(frozen=True)
 class WireShape:
-    """What one wire carries: words a message, values a piece of its payload, and where those lie."""
+    """What one wire carries: words a message, values a piece of its payload and of its largest one, and where those
+    lie."""
 
     words: int
     values: int
+    largest: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def row(self) -> int:
+        """Numbers of a message: pieces, shapes and words."""
+        return 1 + TENSORS * AXES + self.words
+
+    @property
+    def pieces(self) -> int:
+        """Buffers for the payload at each end."""
+        return max(DEPTH, math.ceil(self.largest / self.values) + 1)
 
 
 @dataclass(frozen=True)
@@ -52,19 +69,10 @@ class Wire:
 
 @dataclass(frozen=True)
 class Message:
-    """words: as they were sent. payload: all pieces in one row, the end of the last one without meaning."""
+    """words: as they were sent. tensors: likewise, as views of one row."""
 
     words: list[float]
-    payload: Tensor
-
-    def split(self, *shapes: Sequence[int]) -> list[Tensor]:
-        """The payload's tensors, given their shapes, as views."""
-        parts, start = [], 0
-        for shape in shapes:
-            count = torch.Size(shape).numel()
-            parts.append(self.payload[start : start + count].view(*shape))
-            start += count
-        return parts
+    tensors: list[Tensor]
 
 
 def meet(rank: int, ranks: int, port: int, *, host: str = HOST, interface: str = "lo") -> None:
@@ -88,18 +96,25 @@ class Outbox:
         """timeout_s: how long the receiver may leave a message untaken."""
         shape = wire.shape
         self._wire, self._to, self._timeout = wire, to, timedelta(seconds=timeout_s)
-        words = [torch.zeros(shape.words + 1, dtype=torch.float64) for _ in range(DEPTH)]
-        pieces = [torch.zeros(shape.values, dtype=shape.dtype, device=shape.device) for _ in range(DEPTH)]
+        words = [torch.zeros(shape.row, dtype=torch.float64) for _ in range(DEPTH)]
+        pieces = [torch.zeros(shape.values, dtype=shape.dtype, device=shape.device) for _ in range(shape.pieces)]
         self._words: deque[tuple[Tensor, dist.Work | None]] = deque((buffer, None) for buffer in words)
         self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque((buffer, None) for buffer in pieces)
 
     def send(self, words: Sequence[float], tensors: Sequence[Tensor] = ()) -> None:
-        """Copy a message and send it on its way. Raises PeerGone."""
+        """Copy a message and send it on its way.
+
+        Raises: PeerGone; ValueError for more than `TENSORS` tensors, or more axes than `AXES`.
+        """
+        if len(tensors) > TENSORS or any(not 0 < tensor.dim() <= AXES for tensor in tensors):
+            raise ValueError(f"a message holds at most {TENSORS} tensors of 1 to {AXES} axes")
+        shapes = torch.zeros(TENSORS, AXES, dtype=torch.float64)
+        for place, tensor in enumerate(tensors):
+            shapes[place, : tensor.dim()] = torch.tensor(tensor.shape)
         flat = [tensor.reshape(-1) for tensor in tensors]
         payload = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else None
-        size = self._wire.shape.values
-        pieces = () if payload is None else torch.split(payload, size)
-        row = torch.tensor([len(pieces), *words], dtype=torch.float64)
+        pieces = () if payload is None else torch.split(payload, self._wire.shape.values)
+        row = torch.cat((shapes.new_tensor([len(pieces)]), shapes.flatten(), shapes.new_tensor(words)))
         self._put(self._words, self._wire.words, row)
         for piece in pieces:
             self._put(self._pieces, self._wire.payload, piece)
@@ -128,24 +143,34 @@ class Inbox:
         self._words: deque[tuple[Tensor, dist.Work | None]] = deque()
         self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque()
         for _ in range(DEPTH):
-            self._post(self._words, wire.words, torch.zeros(shape.words + 1, dtype=torch.float64))
+            self._post(self._words, wire.words, torch.zeros(shape.row, dtype=torch.float64))
+        for _ in range(shape.pieces):
             piece = torch.zeros(shape.values, dtype=shape.dtype, device=shape.device)
             self._post(self._pieces, wire.payload, piece)
 
     def receive(self) -> Message:
         """The next message; blocks until it is there. Raises PeerGone."""
-        count, *words = self._take(self._words, self._wire.words).tolist()
-        pieces = [self._take(self._pieces, self._wire.payload) for _ in range(int(count))]
-        if not pieces:
-            return Message(words, torch.empty(0, dtype=self._wire.shape.dtype, device=self._wire.shape.device))
-        return Message(words, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        shape = self._wire.shape
+        row = torch.empty(shape.row, dtype=torch.float64)
+        self._take(self._words, self._wire.words, row)
+        count, *numbers = row.tolist()
+        payload = torch.empty(int(count) * shape.values, dtype=shape.dtype, device=shape.device)
+        for piece in torch.split(payload, shape.values) if count else ():
+            self._take(self._pieces, self._wire.payload, piece)
+        tensors, start = [], 0
+        for place in range(0, TENSORS * AXES, AXES):
+            size = [int(length) for length in numbers[place : place + AXES] if length]
+            if size:
+                end = start + math.prod(size)
+                tensors.append(payload[start:end].view(size))
+                start = end
+        return Message(numbers[TENSORS * AXES :], tensors)
 
-    def _take(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup) -> Tensor:
+    def _take(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, into: Tensor) -> None:
         buffer, work = buffers.popleft()
         _wait(work, timedelta(seconds=IDLE_LIMIT_S))
-        taken = buffer.clone()
+        into.copy_(buffer)
         self._post(buffers, group, buffer)
-        return taken
 
     def _post(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, buffer: Tensor) -> None:
         try:

@@ -209,7 +209,7 @@ class TAEHV(nn.Module):
             memory = memory or tuple(torch.zeros_like(tensor) for tensor in then)
             latents.append(latent_BTHWC)
         assert first is not None  # there is at least one pass
-        return (self.denormalise(channels_third(join(latents))),), (first, *memory)
+        return (self.denormalise(channels_third(join(latents))).contiguous(),), (first, *memory)
 
 
 def _bent(latent: Tensor) -> Tensor:

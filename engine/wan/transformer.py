@@ -399,6 +399,11 @@ class CausalTransformer(nn.Module):
         """Of how many parts `leave` consists: the head, then the refiner's blocks one by one."""
         return 1 if self.refine is None else 1 + len(self.refine.blocks)
 
+    @property
+    def refiner_values(self) -> int:
+        """Values of the refiner's features for each place of a latent; 0 without one."""
+        return REFINE_FACTOR**2 * self.config.refine_channels
+
     def film(self, time_BE: Tensor, frames: int) -> tuple[Tensor, ...]:
         """What the refiner knows of time and prompt, for `tail`; nothing without one."""
         return () if self.refine is None else self.refine.modulation(time_BE, frames)

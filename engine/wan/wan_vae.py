@@ -528,7 +528,8 @@ def _enter(part: Part, enter: Callable[[Tensor], Tensor], carried: Carried, memo
 
 def _leave(part: Part, leave: Callable[..., Tensor], carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
     (x_BTHWC,), new = part.run(carried, memory)
-    return (channels_third(leave(x_BTHWC, start=len(memory) == 0)),), new
+    # In plain order, so that whoever sums over them sums in one order, on whatever rank.
+    return (channels_third(leave(x_BTHWC, start=len(memory) == 0)).contiguous(),), new
 
 
 def _as_it_is(x: Tensor, *, start: bool = False) -> Tensor:

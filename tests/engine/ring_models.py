@@ -5,11 +5,15 @@ from functools import cache
 from pathlib import Path
 from time import sleep
 
+import torch
 from torch import Tensor
 
 from engine.config import DEFAULT_MODEL, MODELS_DIR, CacheConfig
 from engine.kv_cache import CacheView
+from engine.wan.taehv import TAEHV
 from engine.wan.transformer import PromptContext
+from engine.wan.untrained import untrained_wan_model
+from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 from engine.wan.weights import Model, load_model
 from tests.engine.streams import FLOW, RESIDUAL, pooled_model
 
@@ -30,6 +34,21 @@ def averaged(rank: int) -> Model:
 def renewed(rank: int) -> Model:
     """The embedded model's habits, and sinks that give way to what is unlike them."""
     return _with_cache(pooled_model(DEEP_RESIDUAL), CacheConfig(sink_refresh=0.9))
+
+
+@cache
+def wan(rank: int) -> Model:
+    """With the autoencoder of Wan, all of its parts, at a small width."""
+    return untrained_wan_model(DEEP_FLOW, WanVAEConfig(dim=2, z_dim=4))
+
+
+@cache
+def light(rank: int) -> Model:
+    """With TAEHV likewise."""
+    model = wan(rank)
+    torch.manual_seed(0)
+    vae = TAEHV(TAEHVConfig(z_dim=4, encoder_dim=4, decoder_dims=(8, 6, 4, 4)))
+    return replace(model, vae=vae.eval().requires_grad_(False))
 
 
 @dataclass(frozen=True)
