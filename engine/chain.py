@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.partition import even_split
+from engine.wan.presets import TransformerConfig
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Carried, Memory, Part
 from engine.wan.weights import VAE, Model
 
@@ -41,11 +41,6 @@ class Chain:
     def units(self) -> int:
         """How many there are."""
         return len(self.kinds)
-
-    def even(self, ranks: int) -> tuple[int, ...]:
-        """Bounds before anything was measured: blocks in equal runs, what comes before and after them at the ends."""
-        inner = even_split(ranks, len(self.blocks))[1:-1]
-        return (0, *(self.blocks.start + bound for bound in inner), self.units)
 
     def check(self, bounds: Sequence[int], ranks: int) -> None:
         """Raises ValueError for what are no bounds of all units over so many ranks."""
@@ -92,8 +87,17 @@ def chain_of(model: Model, width: int, height: int, *, span: int, streams: int, 
         *[0] * tails,
         *(streams * kept for _, kept in decode),
     )
-    carried = max(2 * latent + max(tokens * transformer.dim, features), *(values for values, _ in (*encode, *decode)))
+    carried = max(
+        latents_carried(transformer) * latent + max(tokens * transformer.dim, features),
+        *(values for values, _ in (*encode, *decode)),
+    )
     return Chain(coding, blocks, tail, decoding, tuple(kinds), memories, carried)
+
+
+def latents_carried(transformer: TransformerConfig) -> int:
+    """Latents that go along with the tokens of a pass: what the clean one is made of in the end, noisy or source; both
+    where one is needed for that and the other by the refiner."""
+    return 2 if transformer.prediction == "flow" and transformer.condition_channels else 1
 
 
 def _without_values(vae: VAE) -> VAE:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.api import EngineError, StreamParams
-from engine.chain import Chain
+from engine.chain import Chain, latents_carried
 from engine.flow_match import add_noise, stacked
 from engine.kv_cache import CacheRow
 from engine.pipeline import Mode, Pipeline, Rendered
@@ -528,7 +528,8 @@ class RingHead(Pipeline):
         self.passes += 1
         transformer = self.model.transformer
         x_BNE = transformer.enter(noisy, source if transformer.config.condition_channels else None)
-        self._begin(order, (noisy, source, x_BNE))
+        latents = (source,) if transformer.config.prediction == "source_residual" else (noisy, source)
+        self._begin(order, (*latents[: latents_carried(transformer.config)], x_BNE))
 
     def _begin(self, order: Order, carried: tuple[Tensor, ...]) -> None:
         """Rank 0's share of what goes along a section of the chain."""

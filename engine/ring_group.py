@@ -30,7 +30,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, RankLost, StreamParams
-from engine.chain import Chain, chain_of
+from engine.chain import Chain, chain_of, latents_carried
+from engine.partition import even_split
 from engine.pipeline import Mode
 from engine.ring import Done, RingHead
 from engine.ring_orders import Layout
@@ -400,14 +401,14 @@ def _shapes(model: Model, spec: RingSpec) -> _Shapes:
     steps = 4 if model.config.sampling.timesteps is None else len(model.config.sampling.timesteps)
     rows = spec.streams * (steps if spec.mode == "batch" else 1)
     chain = chain_of(model, spec.width, spec.height, span=spec.span, streams=spec.streams, rows=rows)
-    bounds = spec.bounds or chain.even(spec.ranks)
+    bounds = spec.bounds or even_split(spec.ranks, chain.units)
     chain.check(bounds, spec.ranks)
     size = spec.height // PIXELS_PER_LATENT, spec.width // PIXELS_PER_LATENT
     grid = size[0] // config.patch[1], size[1] // config.patch[2]
     layout = Layout(spec.ranks, config.window_frames, chain.units)
     latent = spec.span * config.latent_channels * size[0] * size[1]
     # A pass between two blocks is one piece, and so is a latent on its way back; the rest goes in several.
-    tokens = spec.span * grid[0] * grid[1] * config.dim + 2 * latent
+    tokens = spec.span * grid[0] * grid[1] * config.dim + latents_carried(config) * latent
     text = (config.text_len + 1) * config.text_dim
     pixels = spec.span * FRAMES_PER_LATENT * 3 * spec.height * spec.width
     wires = (

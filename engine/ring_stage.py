@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.chain import Chain
+from engine.chain import Chain, latents_carried
 from engine.denoise import predict_clean
 from engine.kv_cache import CacheRow, KVPool
 from engine.ring_orders import Change, Kind, Layout, Order
@@ -216,8 +216,11 @@ class Stage:
         return carried
 
     def _denoise(self, order: Order, carried: Carried) -> Carried:
-        """Through the blocks here, head and refiner: from noisy latent, source and tokens to the clean latent."""
-        noisy, source, *rest = carried
+        """Through the blocks here, head and refiner: from latents and tokens to the clean latent."""
+        count = latents_carried(self.model.config.transformer)
+        latents, rest = carried[:count], list(carried[count:])
+        # Where there is one it is the one that is needed, and the other name is not used.
+        noisy, source = latents[0], latents[-1]
         transformer, config = self.model.transformer, self.model.config.transformer
         blocks, tail = self._own(self.chain.blocks), self._own(self.chain.tail)
         if not blocks and not tail:
@@ -242,7 +245,7 @@ class Stage:
                 rest = list(transformer.tail(part, tuple(rest), time_BE, film, grid, condition))
                 order.unit_s[unit] = time.perf_counter() - began
         if not self.ends(Kind.PASS):
-            return noisy, source, *rest
+            return *latents, *rest
         sigma = torch.tensor([order.sigma], dtype=torch.float64).to(device)
         strength = torch.tensor([order.strength]).to(device)
         return (predict_clean(config.prediction, rest[0], noisy, source, sigma, strength),)

@@ -1,12 +1,12 @@
 """Rank 0 of a ring as the server knows it: the same messages as `engine.worker`, over several processes.
 
-This process encodes, schedules and holds the first blocks; it starts the other ranks and ends with any of them, so that
+This process schedules and holds the first units; it starts the other ranks and ends with any of them, so that
 a group is lost as a unit: the server sees its connection close, within milliseconds of a death, and starts another. A
 rank that hangs is one that has not answered for `HANG_S`, or for `HANG_CHUNKS` times what a chunk took in the warm-up.
 
 Scheduler, cost model and health are those of one rank. What a chunk costs is what the slowest rank spends on it, for
-that is its share of a full ring; what it takes longer to come round is taken off its deadline. Blocks move between
-ranks by measured times (`engine.partition.Balancer`). A ring has no smaller size to fall back to.
+that is its share of a full ring; what it takes longer to come round is taken off its deadline. Units move between
+ranks by measured times (`engine.ring_pace`). A ring has no smaller size to fall back to.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from engine.memory import check, pool_streams
 from engine.messages import Open, Status, StreamFailed, Submit, ToRank
 from engine.ring import Done, RingHead
 from engine.ring_group import PEER_GONE, Events, RingSpec, make_head, rank_process
+from engine.ring_pace import WINDOW_PASSES
 from engine.scheduler import Item, Scheduler
 from engine.transport import HOST, Message, PeerGone
 from engine.wan.weights import Model, Progress, load_model
@@ -316,7 +317,8 @@ class RingWorker(Worker):
             for count in (profile.first_chunk_frames, profile.chunk_frames)
         )
         head.join(key, params)
-        chunks = max(WARM_UP_CHUNKS, head.pool.window + 2)
+        # Enough for units to move to where they belong before anything is measured.
+        chunks = max(WARM_UP_CHUNKS, head.pool.window + 2, WINDOW_PASSES + 2)
         for done in range(chunks):
             self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
             self._play(key, later if done else first)

@@ -3,26 +3,29 @@
     python tests/bench/bench_ring.py [--model deep|embedded] [--size 256] [--steps 1] [--chunks 40] [--pairs 3]
 
 Both kinds of ring run for the whole time and are given work in turns, so that what the machine is busy with falls on
-both alike. Two streams fill each. Told: chunks a second and their ratio for every pair, medians, and the part of a
-tick in which the busier rank computes nothing, which is communication and waiting. A model whose first and last parts
-are heavy beside its blocks (the embedded one's autoencoder and refiner) divides less evenly: the best split's bound
-is printed beside it.
+both alike. Two streams fill each. Told for every pair, by the clock: chunks a second and their ratio. And, because a
+machine with other work makes a clock tell of that work: by the CPU time of each rank's process (all of it: units,
+messages, scheduling), CPU seconds a chunk of the one rank over those of the busier of the two, which is what the ratio
+would be if no rank ever waited; and what the best split of the units gives by their times on one rank alone.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 # A script of its own, and so in each rank's process: its folder, not the repository, is on the path.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.api import StreamParams
-from engine.partition import partition, stage_times
+from engine.partition import partition
 from engine.ring_group import Loader, RingGroup, RingSpec, RingStats
 from tests.engine.ring_models import deep, embedded
 from tests.engine.streams import camera
@@ -39,28 +42,44 @@ def pinned(group: RingGroup, cores: list[int]) -> None:
             os.sched_setaffinity(int(task.name), {core})
 
 
-def timed(group: RingGroup, frames: torch.Tensor, chunks: int) -> float:
-    """Seconds a chunk, with the ring full from start to end of the count."""
+@dataclass(frozen=True)
+class Taken:
+    """Seconds a chunk: by the clock, and of CPU on every rank."""
+
+    wall_s: float
+    cpu_s: tuple[float, ...]
+
+
+def cpu_seconds(group: RingGroup) -> list[float]:
+    """CPU time of every rank's process so far."""
+    times = (psutil.Process(pid).cpu_times() for pid in group.pids)
+    return [time.user + time.system for time in times]
+
+
+def timed(group: RingGroup, frames: torch.Tensor, chunks: int) -> Taken:
+    """Give chunks with the ring full from start to end of the count."""
     sent = done = first = 0
-    began = 0.0
+    began, cpu = 0.0, cpu_seconds(group)
     while done < chunks + len(STREAMS):
         while sent - done < 4 * len(STREAMS) and sent < chunks + 4 * len(STREAMS):
             group.submit(STREAMS[sent % len(STREAMS)], frames)
             sent += 1
         done += len(group.collect())
         if not began and done >= len(STREAMS):
-            began, first = time.perf_counter(), done
-    seconds = (time.perf_counter() - began) / (done - first)
+            began, first, cpu = time.perf_counter(), done, cpu_seconds(group)
+    taken = (time.perf_counter() - began) / (done - first)
+    # What is still in the ring is as much as was in it when the count began.
+    spent = tuple((after - before) / (done - first) for before, after in zip(cpu, cpu_seconds(group), strict=True))
     group.finish()
-    return seconds
+    return Taken(taken, spent)
 
 
-def bound(alone: RingStats, layers: int) -> float:
-    """The most that two ranks can gain with blocks that cannot be cut, by the times measured on one rank."""
-    block_s = alone.rank_s[0] / layers
-    units = [[alone.encode_s, *[block_s] * layers, alone.decode_s]] * 2
-    split = partition(units)
-    return sum(units[0]) / max(stage_times(units, split.bounds))
+def bound(alone: RingStats, steps: int) -> float:
+    """The most that two ranks can gain with units that cannot be cut, by the times measured on one rank."""
+    passes = {"block", "head", "refine"}
+    units = [time_s * (steps if kind in passes else 1) for kind, time_s in zip(alone.kinds, alone.unit_s, strict=True)]
+    split = partition([[alone.home_s, *units], [math.inf, *units]])
+    return (alone.home_s + sum(units)) / split.slowest_s
 
 
 def main() -> int:
@@ -79,7 +98,7 @@ def main() -> int:
     frames = torch.from_numpy(camera(4, width=options.size, height=options.size))
     load = MODELS[options.model]
     specs = [RingSpec(ranks=n, width=options.size, height=options.size, balance=n > 1) for n in (1, 2)]
-    found: list[tuple[float, float]] = []
+    found: list[tuple[Taken, Taken]] = []
     with RingGroup(load, specs[0]) as one, RingGroup(load, specs[1]) as two:
         for group, chosen in ((one, cores[:1]), (two, cores[:2])):
             pinned(group, chosen)
@@ -92,18 +111,23 @@ def main() -> int:
         for pair in range(options.pairs):
             found.append((timed(one, frames, options.chunks), timed(two, frames, options.chunks)))
             alone, together = found[-1]
-            print(f"pair {pair}: {1 / alone:.2f} and {1 / together:.2f} chunks/s, {alone / together:.3f}x", flush=True)
+            ranks = " and ".join(f"{1000 * cpu_s:.1f}" for cpu_s in together.cpu_s)
+            print(
+                f"pair {pair}: {1 / alone.wall_s:.2f} and {1 / together.wall_s:.2f} chunks/s, "
+                f"{alone.wall_s / together.wall_s:.3f}x by the clock; CPU {1000 * alone.cpu_s[0]:.1f} ms a chunk, over "
+                f"two ranks {ranks} ms: {alone.cpu_s[0] / max(together.cpu_s):.3f}x if none waits",
+                flush=True,
+            )
         own, stats = one.stats(), two.stats()
-        ratio = statistics.median(a / b for a, b in found)
-        tick_s = statistics.median(b for _, b in found)
-        layers = stats.bounds[-1]
-        busy = [options.steps * seconds for seconds in stats.rank_s]
-        busy[0] += stats.encode_s
-        busy[-1] += stats.decode_s
+        by_clock = statistics.median(a.wall_s / b.wall_s for a, b in found)
+        by_cpu = statistics.median(a.cpu_s[0] / max(b.cpu_s) for a, b in found)
+        units = ", ".join(
+            f"{kind} {1000 * own.total_s(kind):.1f}" for kind in ("encode", "block", "head", "refine", "decode")
+        )
+        print(f"one rank, ms: {units}, beside its units {1000 * own.home_s:.1f}")
         print(
-            f"median {ratio:.3f}x; the best split of {layers} blocks would give {bound(own, layers):.3f}x; "
-            f"bounds {stats.bounds}, tick {1000 * tick_s:.1f} ms, the busier rank computes "
-            f"{100 * max(busy) / tick_s:.1f} % of it"
+            f"median {by_clock:.3f}x by the clock, {by_cpu:.3f}x by CPU time if none waits; the best split of "
+            f"{len(own.kinds)} units gives {bound(own, options.steps):.3f}x; bounds {stats.bounds}"
         )
     return 0
 

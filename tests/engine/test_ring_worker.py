@@ -16,7 +16,7 @@ from engine.client import LocalEngine
 from engine.config import EngineSettings
 from engine.wan.untrained import write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import WARM_UP_PROMPT, make_pipeline
+from engine.worker import WARM_UP_PROMPT, dtype_of, make_pipeline
 
 SIZE = 64
 FAR = 1e12
@@ -75,7 +75,7 @@ async def gone(processes: Sequence[psutil.Process]) -> None:
 async def test_a_ring_shows_what_one_rank_shows_and_serves_streams_side_by_side(model_dir: Path) -> None:
     settings = settings_of(model_dir)
     engine = await started(settings)
-    plain = make_pipeline(load_model(model_dir, "cpu"), settings)
+    plain = make_pipeline(load_model(model_dir, "cpu", dtype_of(settings)), settings)
     state = plain.open(NEON)
     async with engine.open_stream("a", NEON) as a, engine.open_stream("b", StreamParams(prompt="ink", steps=3)) as b:
         for index in range(8):
