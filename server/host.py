@@ -5,7 +5,9 @@ can be too much for the machine while the engine has room. Measured are CPU seco
 the loop's thread; of the cores the process can count on what it has, what is idle, and never less than half of all.
 
 Where the process is the bottleneck all sessions get evenly fewer frames (`FrameCap`); steps and size, which are the
-engine's matter, are kept. Admission counts with the least rate that a session may be given.
+engine's matter, are kept. Missed frames are laid to whichever of the two is busier: a ladder that took the process's
+for the engine's would give up picture after picture, down to the camera, and gain nothing. Admission counts with the
+least rate that a session may be given.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.ladder import CLEAN_S, MOVE_PERIOD_S, PROMISE_LOAD, RATES_FPS, RISE_LOAD, STAY_LOAD
+from server.ladder import (
+    CLEAN_S,
+    MISSED_SHARE,
+    MOVE_PERIOD_S,
+    PROMISE_LOAD,
+    RATES_FPS,
+    RISE_LOAD,
+    STAY_LOAD,
+    Misses,
+)
 from server.settings import ServerSettings
 
 # Fewer frames in a sample tell what a connection costs, and not what a frame does.
@@ -21,6 +32,8 @@ MIN_FRAMES = 30
 SMOOTHING = 0.3
 # Whatever else runs here, so much of the cores is the server's: a fair share beside the engine.
 OWN_SHARE = 0.5
+# Under this load of its own the process makes nobody wait.
+BLAME_LOAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,10 @@ class Host:
     def load(self, frames_per_s: float) -> float:
         """Share of what there is that so many frames a second of all sessions need: of the cores or of the loop."""
         return frames_per_s * max(self.cpu_s / self.cores, self.loop_s)
+
+    def is_to_blame(self, frames_per_s: float, engine_load: float) -> bool:
+        """Whether frames that were missed at such a rate are this process's, and not the engine's."""
+        return self.load(frames_per_s) > max(engine_load, BLAME_LOAD)
 
     def seats(self, settings: ServerSettings) -> int:
         """Sessions that can all have `min_fps`; at least one."""
@@ -80,7 +97,8 @@ class HostMeter:
 class FrameCap:
     """The rate that every session may have at most, for the process's sake. Pure: instants are passed in.
 
-    Down at once, to the highest rate that keeps PROMISE_LOAD; up after CLEAN_S in which there was room for it.
+    Down at once, to the highest rate that keeps PROMISE_LOAD, or, where frames are missed for the process's sake at a
+    load that should do, to the next lower one; up after CLEAN_S without either in which there was room for it.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -90,12 +108,16 @@ class FrameCap:
         self.reason = ""
         self._moved_at = float("-inf")
         self._room_since: float | None = None
+        self._misses = Misses()
 
-    def decide(self, now: float, host: Host, sessions: int) -> float:
-        """The rate from now on."""
+    def decide(self, now: float, host: Host, sessions: int, *, due: int = 0, missed: int = 0) -> float:
+        """The rate from now on. due, missed: frames since the last call, those missed for the process's sake."""
         load = host.load(self.fps * sessions)
+        missed_share, goes_on = self._misses.note(now, due, missed)
+        misses = goes_on and missed_share > MISSED_SHARE
         higher = [fps for fps in self._rates if fps > self.fps and host.load(fps * sessions) <= RISE_LOAD]
-        self._room_since = (now if self._room_since is None else self._room_since) if higher else None
+        has_room = higher and not misses
+        self._room_since = (now if self._room_since is None else self._room_since) if has_room else None
         if now - self._moved_at < MOVE_PERIOD_S:
             return self.fps
         if load > STAY_LOAD:
@@ -103,12 +125,16 @@ class FrameCap:
             fitting = [fps for fps in lower if host.load(fps * sessions) <= PROMISE_LOAD]
             if lower:
                 self._move(now, fitting[0] if fitting else lower[-1], _too_busy(load, sessions))
+        elif misses:
+            if lower := [fps for fps in self._rates if fps < self.fps]:
+                self._move(now, lower[0], f"{missed_share:.0%} of the frames of the last second came too late here")
         elif self._room_since is not None and now - self._room_since >= CLEAN_S:
             self._move(now, higher[0], f"this machine has had room for {CLEAN_S:.0f} s")
         return self.fps
 
     def _move(self, now: float, fps: float, reason: str) -> None:
         self.fps, self.reason, self._moved_at, self._room_since = fps, reason, now, None
+        self._misses.clear()
 
 
 def _too_busy(load: float, sessions: int) -> str:

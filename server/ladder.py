@@ -167,6 +167,28 @@ class Demand:
         return f"the engine needs {self.chunks_s(rung) * 1e3:.0f} ms a chunk{whose}, {there_s * 1e3:.0f} ms are there"
 
 
+class Misses:
+    """The missed share of the frames of the last second. Pure: instants are passed in."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int, int]] = deque()
+
+    def note(self, now: float, due: int, missed: int) -> tuple[float, bool]:
+        """Take in what was due and missed since the last call; returns the share, and whether more than one sample has
+        a part in it."""
+        self._samples.append((now, due, missed))
+        while self._samples[0][0] <= now - WINDOW_S:
+            self._samples.popleft()
+        all_due = sum(sample[1] for sample in self._samples)
+        all_missed = sum(sample[2] for sample in self._samples)
+        goes_on = sum(sample[2] > 0 for sample in self._samples) > 1
+        return (min(1.0, all_missed / all_due) if all_due >= MIN_DUE else 0.0), goes_on
+
+    def clear(self) -> None:
+        """Forget what was."""
+        self._samples.clear()
+
+
 class Ladder:
     """The rung that all sessions of a server stand on. Pure: instants are passed in.
 
@@ -177,7 +199,7 @@ class Ladder:
         self._settings = settings
         self._steps_max = steps_max
         self._wishes: tuple[int, ...] = (wish,)
-        self._window: deque[tuple[float, int, int]] = deque()
+        self._misses = Misses()
         self._overloaded = 0
         self._clean_since, self._clean_s = now, CLEAN_S
         self._moved_at = self._rose_at = float("-inf")
@@ -208,7 +230,7 @@ class Ladder:
 
     def hold(self, now: float) -> None:
         """The engine does not render (it loads, or was lost): what is missed meanwhile tells nothing."""
-        self._window.clear()
+        self._misses.clear()
         self._overloaded = 0
         self._clean_since = now
 
@@ -220,7 +242,7 @@ class Ladder:
         demand = Demand(signals.capacity, signals.wishes, self._settings)
         ladder = self._rungs(signals.capacity)
         at = self._find(ladder, demand)
-        missed, goes_on = self._missed(now, signals)
+        missed, goes_on = self._misses.note(now, signals.due, signals.missed)
         self._overloaded = self._overloaded + 1 if demand.load(self._rung) > STAY_LOAD else 0
         higher = self._higher(ladder, at, demand)
         if self._overloaded or missed > MISSED_SHARE or higher is None:
@@ -254,16 +276,6 @@ class Ladder:
             at -= 1
         self._rung, self._depth = ladder[at], at
         return at
-
-    def _missed(self, now: float, signals: Signals) -> tuple[float, bool]:
-        """The missed share of the last second, and whether more than one sample has a part in it."""
-        self._window.append((now, signals.due, signals.missed))
-        while self._window[0][0] <= now - WINDOW_S:
-            self._window.popleft()
-        due = sum(sample[1] for sample in self._window)
-        missed = sum(sample[2] for sample in self._window)
-        goes_on = sum(sample[2] > 0 for sample in self._window) > 1
-        return (min(1.0, missed / due) if due >= MIN_DUE else 0.0), goes_on
 
     def _down(self, now: float, ladder: list[Rung], at: int, demand: Demand, missed: float) -> Move | None:
         reason = demand.in_words(self._rung)

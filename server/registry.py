@@ -139,8 +139,9 @@ class SessionRegistry:
 
     @property
     def load(self) -> float:
-        """Share of the engine's time that the open sessions need, by its measured costs."""
-        return self._ladder.load(self._context.engine.capacity, self._wishes())
+        """Share of the engine's time that the open sessions need, by its measured costs, at the rate they have."""
+        share = self.rung.fps / self._ladder.rung.fps
+        return share * self._ladder.load(self._context.engine.capacity, self._wishes())
 
     def get(self, name: str) -> Session:
         """A session by its id, or by the id and its connection's number ("id.0"), as the page knows it.
@@ -414,9 +415,10 @@ class SessionRegistry:
         if self._context.engine.status.state is not EngineState.READY:
             self._ladder.hold(now)
             return
-        move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed))
-        fps = self._cap.fps
-        capped = self._cap.decide(now, self._meter.host, len(self._sessions)) < self._ladder.rung.fps
+        fps, host, sessions = self._cap.fps, self._meter.host, len(self._sessions)
+        ours = missed if host.is_to_blame(self.rung.fps * sessions, self.load) else 0
+        move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed - ours))
+        capped = self._cap.decide(now, host, sessions, due=due, missed=ours) < self._ladder.rung.fps
         reason = self._cap.reason if capped or self._cap.fps != fps else self._ladder.reason
         rung = self.rung
         for session in self._sessions.values():

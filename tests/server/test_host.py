@@ -53,6 +53,28 @@ def test_frames_are_taken_at_once_and_come_back_after_a_while_with_room() -> Non
     assert FrameCap(SERVER).decide(0.0, Host(cpu_s=9.0), 4) == 8
 
 
+def test_misses_are_laid_to_whichever_is_busier() -> None:
+    host = Host(cpu_s=0.01)
+    assert host.is_to_blame(80, engine_load=0.3) and not host.is_to_blame(80, engine_load=0.9)
+    # One that is half idle makes nobody wait, whatever the engine does.
+    assert not host.is_to_blame(40, engine_load=0.0)
+    assert not Host().is_to_blame(1000, engine_load=0.0)
+
+
+def test_frames_missed_for_the_processs_sake_take_frames_one_rate_a_time() -> None:
+    cap, host = FrameCap(SERVER), Host(cpu_s=0.01)
+    assert cap.decide(0.0, host, 3, due=18, missed=2) == 24  # once is no reason
+    assert cap.decide(0.5, host, 3, due=18, missed=2) == 20
+    assert "11% of the frames" in cap.reason
+    assert cap.decide(1.0, host, 3, due=18, missed=9) == 20
+    for sample in range(1, 40):
+        fps = cap.decide(1.0 + 0.25 * sample, host, 3, due=6, missed=sample % 2)
+        assert fps == (20 if sample < 10 else 15 if sample < 22 else 12 if sample < 34 else 10)
+    # With room and without misses it is the highest again, after a while.
+    assert cap.decide(20.0, host, 3, due=10) == 10
+    assert cap.decide(20.0 + CLEAN_S, host, 3, due=10) == 24
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 0.2), st.integers(0, 8)), min_size=1, max_size=200))
 def test_whatever_comes_the_rate_is_one_there_is_and_moves_seldom(samples: list[tuple[float, int]]) -> None:
