@@ -423,7 +423,10 @@ class Gateway:
 
     async def _connect(self, request: web.Request) -> aiohttp.ClientWebSocketResponse:
         """A WebSocket to the node of the page's token, or with most room. Raises ServerError with a node's refusal."""
+        await self._nodes.refresh()
         first = self._nodes.named(request.query.get("node", ""))
+        # Refused is within the socket, where nobody else is tried: not the node that is being emptied.
+        first = first if first is not None and first.takes_new else None
         offered = [one.strip() for one in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(",")]
         for node in self._nodes.for_offer(first)[:MAX_TRIES]:
             node.placed += 1

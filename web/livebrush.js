@@ -20,7 +20,8 @@ export class Livebrush {
   /** @param {LiveSession} session */
   constructor(session = new LiveSession()) {
     this.session = session;
-    session.addEventListener("notice", ({ detail }) => detail.code === "params_changed" && this.#emit("params", detail));
+    session.addEventListener("notice", ({ detail }) => detail.code === "params_changed" && this.#onParams(detail));
+    session.addEventListener("answer", ({ detail }) => detail.resumed || this.#reload());
     session.addEventListener("change", () => this.#onChange());
   }
 
@@ -76,6 +77,7 @@ export class Livebrush {
   async loadScenes(scenes, { loop = false, begin = 0 } = {}) {
     const list = { scenes, loop, begin };
     const body = JSON.stringify(list);
+    this.#list = { scenes, loop, scene: null };
     if (new TextEncoder().encode(body).length <= MAX_LIST_BYTES) return this.#request("scenes", list);
     const url = `/api/v1/sessions/${this.#connected.session}/scenes`;
     const response = await authorizedFetch(url, { method: "PUT", headers: { "Content-Type": "application/json" }, body });
@@ -116,6 +118,25 @@ export class Livebrush {
   }
 
   #events = new EventTarget();
+  /** The scene list loaded here and the scene that stands. @type {{scenes: object[], loop: boolean, scene: object | null} | null} */
+  #list = null;
+
+  #onParams(notice) {
+    if (this.#list && "scene" in notice) this.#list.scene = notice.scene;
+    this.#emit("params", notice);
+  }
+
+  /** A session that was moved to another server begins without its list: it goes on with the scene that stood. */
+  async #reload() {
+    const { scenes, loop, scene } = this.#list ?? {};
+    if (scene?.count !== scenes?.length || !scene) return;
+    try {
+      await this.loadScenes(scenes, { loop, begin: scene.index });
+      if (scene.left_s === null) await this.goToScene("stop");
+    } catch {
+      // What the scene had set was in the offer; the list can be loaded by hand.
+    }
+  }
 
   async #request(type, fields) {
     return this.#connected.request(type, fields);
@@ -127,7 +148,8 @@ export class Livebrush {
   }
 
   #onChange() {
-    const { connection } = this.session;
+    const { connection, active } = this.session;
+    if (!active) this.#list = null;
     if (connection !== this.#connection) {
       this.#connection = connection;
       connection?.addEventListener("stats", ({ detail }) => this.#emit("telemetry", detail));

@@ -23,7 +23,7 @@ const FPS_WINDOW_S = 2;
  *   steps: number, seed: number}} Settings blend: in place of the prompt, where it is not empty
  */
 
-/** Events: `change` (state, problem or settings), `track` (a remote track), `source`, `notice`, `ack`. */
+/** Events: `change` (state, problem or settings), `track` (a remote track), `source`, `notice`, `ack`, `answer`. */
 export class LiveSession extends EventTarget {
   /** @type {State} */
   state = "idle";
@@ -262,6 +262,7 @@ export class LiveSession extends EventTarget {
       this.#openedAt = performance.now();
       this.#ticket.token = answer.resume;
       this.#adopt(answer);
+      this.#emit("answer", answer);
       // Set while the offer was under way: the newer settings and source win.
       if (this.source && connection === this.connection) await this.#giveTracks();
     } catch (error) {

@@ -541,8 +541,15 @@ async def test_a_websocket_goes_through_both_ways_with_its_end() -> None:
             await line.send_str("again")
             assert await line.receive_str() == "aaaaaaaa: again"
             assert door.figure("livebrush_gateway_sockets") == 1
+        one.report["draining"] = True
+        await asyncio.sleep(0.25)
+        async with door.http.ws_connect(url + "?node=aaaaaaaa") as line:
+            await line.send_str("moved")
+            assert await line.receive_str() == "bbbbbbbb: moved"
+        one.report["draining"] = False
         await door.until(lambda: door.figure("livebrush_gateway_sockets") == 0)
         await other.stop()
+        await asyncio.sleep(0.25)
         async with door.http.ws_connect(url) as line:
             await line.send_str("who")
             assert await line.receive_str() == "aaaaaaaa: who"
