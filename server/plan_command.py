@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 NOTE = (
     "A prediction by simulation. GPU figures rest on the published tables of StreamDiffusionV2 (H100, RTX 4090) and "
-    "are scaled by data sheet for other cards; the engine does not yet run on several devices. See docs/scheduler.md."
+    "are scaled by data sheet for other cards. The engine does cut the VAE over devices; what "
+    "that gains was never measured on GPUs. See docs/scheduler.md and docs/scale.md."
 )
 SIZE_STEP, MIN_SIDE, MAX_SIDE = 16, 64, 2048
 FITTED_SIZES = ((832, 480), (512, 512))

@@ -74,12 +74,22 @@ def timed(group: RingGroup, frames: torch.Tensor, chunks: int) -> Taken:
     return Taken(taken, spent)
 
 
+def units_s(stats: RingStats, steps: int) -> list[float]:
+    """What each unit takes of a chunk."""
+    passes = {"block", "head", "refine"}
+    return [time_s * (steps if kind in passes else 1) for kind, time_s in zip(stats.kinds, stats.unit_s, strict=True)]
+
+
+def per_chunk(stats: RingStats, steps: int) -> float:
+    """What a chunk takes in all."""
+    return stats.home_s + sum(units_s(stats, steps))
+
+
 def bound(alone: RingStats, steps: int) -> float:
     """The most that two ranks can gain with units that cannot be cut, by the times measured on one rank."""
-    passes = {"block", "head", "refine"}
-    units = [time_s * (steps if kind in passes else 1) for kind, time_s in zip(alone.kinds, alone.unit_s, strict=True)]
+    units = units_s(alone, steps)
     split = partition([[alone.home_s, *units], [math.inf, *units]])
-    return (alone.home_s + sum(units)) / split.slowest_s
+    return per_chunk(alone, steps) / split.slowest_s
 
 
 def main() -> int:
@@ -128,6 +138,12 @@ def main() -> int:
         print(
             f"median {by_clock:.3f}x by the clock, {by_cpu:.3f}x by CPU time if none waits; the best split of "
             f"{len(own.kinds)} units gives {bound(own, options.steps):.3f}x; bounds {stats.bounds}"
+        )
+        # Two cores at work may each be slower than one alone: memory, caches, whatever else runs.
+        slower = per_chunk(stats, options.steps) / per_chunk(own, options.steps)
+        print(
+            f"the same work takes {slower:.3f} times as long there: {by_clock * slower:.3f}x and "
+            f"{by_cpu * slower:.3f}x at equal compute"
         )
     return 0
 
