@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
 
 
-def server(log: Path, **settings: str) -> Server:
+def server(log: Path, **settings: Any) -> Server:
     return Server(log, engine="fake", options=SMALL, patient=True, **settings)
 
 
@@ -53,8 +54,8 @@ class Front:
     async def enter(self, **extra: object) -> tuple[Visitor, int, dict[str, Any]]:
         visitor = Visitor(self.base)
         self.visitors.append(visitor)
-        response = await visitor.enter(**extra)
-        return visitor, response.status, await response.json()
+        async with await visitor.enter(**extra) as response:
+            return visitor, response.status, await response.json()
 
     def client(self, *, publishes: bool) -> Client:
         self.clients.append(Client(self.base, publishes=publishes))
@@ -86,7 +87,8 @@ async def front(*nodes: Server, port: int = 0, **settings: Any) -> AsyncIterator
         finally:
             for visitor in door.visitors:
                 with contextlib.suppress(aiohttp.ClientError):
-                    await visitor.http.delete(visitor.url or door.base)
+                    async with visitor.http.delete(visitor.url or door.base) as gone:
+                        await gone.read()
                 await visitor.leave()
             for client in door.clients:
                 with contextlib.suppress(aiohttp.ClientError, ValueError):
@@ -97,9 +99,9 @@ async def front(*nodes: Server, port: int = 0, **settings: Any) -> AsyncIterator
 async def test_sessions_fill_both_servers_and_the_next_is_told_when_to_come_back(nodes: tuple[Server, Server]) -> None:
     async with front(*nodes) as door:
         for _ in range(3):
-            visitor, status, _ = await door.enter()
-            assert status == 201
-            await visitor.until(lambda one=visitor: one.pictures, "a picture")
+            assert (await door.enter())[1] == 201
+        for visitor in door.visitors:
+            await visitor.until(partial(bool, visitor.pictures), "a picture")
         assert [node.capacity()["open"] for node in nodes] == [1, 2]
         _, status, refusal = await door.enter()
         assert (status, refusal["code"], refusal["seats"], refusal["open"]) == (503, "full", 3, 3)
