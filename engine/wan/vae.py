@@ -177,7 +177,7 @@ class TinyVAE(nn.Module):
             x.reshape(batch * groups, FRAMES_PER_LATENT * channels, height, width), PIXELS_PER_LATENT
         )
         latent = self.project(blocks)
-        latent = latent.view(batch, groups, *latent.shape[1:])
+        latent = latent.reshape(batch, groups, *latent.shape[1:])
         return (latent - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std), state
 
     def normalise(self, latent_BTCHW: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class TinyVAE(nn.Module):
         batch, groups, _, height, width = latent_BTCHW.shape
         raw = self._raw(latent_BTCHW)
         x = self.decode_chunk(functional.relu(self.decode_in(raw)))
-        x = functional.relu(self.to_frames(x)).view(batch, groups * FRAMES_PER_LATENT, -1, height, width)
+        x = functional.relu(self.to_frames(x)).reshape(batch, groups * FRAMES_PER_LATENT, -1, height, width)
         x, last = self.memory(x, memory[0] if memory else None)
         return (x, raw), (last,)
 
@@ -213,18 +213,18 @@ class TinyVAE(nn.Module):
         x_BTCHW, raw = carried
         x = functional.relu(space_from_channels(self.to_pixels(x_BTCHW.flatten(0, 1)), 2))
         x = self.decode_frame(x)
-        return (x.view(*x_BTCHW.shape[:2], *x.shape[1:]), raw), ()
+        return (x.reshape(*x_BTCHW.shape[:2], *x.shape[1:]), raw), ()
 
     def _decode_pixels(self, carried: Carried, memory: Memory) -> tuple[Carried, Memory]:
         x_BTCHW, raw = carried
         detail = space_from_channels(self.decode_out(x_BTCHW.flatten(0, 1)), 4)
         frames = detail + self._linear(raw).view_as(detail)
-        return (frames.view(*x_BTCHW.shape[:2], *frames.shape[1:]),), ()
+        return (frames.reshape(*x_BTCHW.shape[:2], *frames.shape[1:]),), ()
 
     def linear_picture(self, latent_BTCHW: Tensor) -> Tensor:
         """What the projection alone makes of latents: frames as from `decode`, without its detail, for a tenth."""
         frames = self._linear(self._raw(latent_BTCHW))
-        return frames.view(len(latent_BTCHW), -1, 3, *frames.shape[2:])
+        return frames.reshape(len(latent_BTCHW), -1, 3, *frames.shape[2:])
 
     def _raw(self, latent_BTCHW: Tensor) -> Tensor:
         raw = latent_BTCHW * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
@@ -256,7 +256,7 @@ class TinyVAE(nn.Module):
             (self.unproject.bias, mean),
         ):
             assert parameter is not None  # both layers are made with a bias
-            parameter.copy_(solved.view(parameter.shape))
+            parameter.copy_(solved.reshape(parameter.shape))
         self.latent_mean.zero_()
         self.latent_std.fill_(1)
 
@@ -272,4 +272,4 @@ class TinyVAE(nn.Module):
         raise ValueError(f"{count} frames are neither whole groups of {FRAMES_PER_LATENT} nor one more")
 
     def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1)
+        return values.reshape(-1, 1, 1)
