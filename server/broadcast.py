@@ -27,11 +27,8 @@ from aiortc.rtcrtpparameters import RTCRtpCodecParameters
 from aiortc.rtcrtpsender import RTCEncodedFrame
 from aiortc.rtp import (
     RTCP_PSFB_APP,
-    RTCP_RTPFB_NACK,
-    RTP_HISTORY_SIZE,
     AnyRtcpPacket,
     RtcpPsfbPacket,
-    RtcpRtpfbPacket,
     unpack_remb_fci,
 )
 
@@ -41,6 +38,7 @@ from server.frames import OutgoingFrame
 from server.matte import Cutter, Form, MatteProcess
 from server.peer import Peer
 from server.reassembly import is_h264_key_frame, is_vp8_key_frame
+from server.repeats import RepeatingSender
 from server.settings import MediaSettings
 
 log = logging.getLogger(__name__)
@@ -329,13 +327,13 @@ class Feed:
             subscription.stop()
 
 
-class ViewerSender(RTCRtpSender):
-    """Sends what was encoded for all. Stock but for where frames come from and where feedback goes to."""
+class ViewerSender(RepeatingSender):
+    """Sends what was encoded for all."""
 
     def __init__(
         self, subscription: Subscription, transport: RTCDtlsTransport, broadcast: Broadcast, form: Form
     ) -> None:
-        super().__init__(subscription, transport)
+        super().__init__(subscription, transport, broadcast.counters)
         self._subscription = subscription
         self._form = form
         self._broadcast = broadcast
@@ -363,10 +361,6 @@ class ViewerSender(RTCRtpSender):
             if self._ssrc in sources and self._lane is not None:
                 self._lane.report(self._subscription, bitrate, time.monotonic())
             return
-        if isinstance(packet, RtcpRtpfbPacket) and packet.fmt == RTCP_RTPFB_NACK:
-            # One report may list a packet a thousand times; there are 128 to repeat (see sender.py).
-            packet.lost = list(dict.fromkeys(packet.lost))[:RTP_HISTORY_SIZE]
-            self._broadcast.counters["packets_repeated"] += len(packet.lost)
         await super()._handle_rtcp_packet(packet)
 
     def _send_keyframe(self) -> None:

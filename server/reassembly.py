@@ -25,6 +25,9 @@ MAX_TRIES = 6
 KEY_FRAME_RETRY_S = 0.15
 # Hole deadlines that a key frame in arrival is given: nothing can be shown without it, and another takes longer.
 KEY_FRAME_PATIENCE = 3.0
+# Share of the last hundred packets or so that did not come by themselves. Over it, questions are lost like answers.
+LOSS_SMOOTHING = 0.01
+HEAVY_LOSS = 0.1
 MAX_GAP = 300
 MAX_HELD = 2048
 AUDIO_HOLE_S = 0.04
@@ -92,6 +95,12 @@ class FrameOrder:
         self._waiting_since: float | None = None
         self._key_asked_at = -math.inf
         self._key_begun = False
+        self._loss = 0.0
+
+    @property
+    def asks_twice(self) -> bool:
+        """Whether so much is lost that what is asked for is better asked for twice at once."""
+        return self._loss > HEAVY_LOSS
 
     @property
     def troubled(self) -> bool:
@@ -109,6 +118,8 @@ class FrameOrder:
         for lost in range(self._highest + 1, extended):
             self._missing[lost] = _Missing(piece.arrived_at)
             self._counters["packets_lost"] += 1
+            self._loss += LOSS_SMOOTHING * (1 - self._loss)
+        self._loss -= LOSS_SMOOTHING * self._loss
         self._highest = max(self._highest, extended)
         self._found(extended, piece.arrived_at)
         assert self._next is not None
@@ -257,6 +268,11 @@ class PacketOrder:
         self._counters = counters
         self._packets: dict[int, RtpPiece] = {}
         self._next: int | None = None
+
+    @property
+    def asks_twice(self) -> bool:
+        """Audio asks for nothing."""
+        return False
 
     @property
     def troubled(self) -> bool:

@@ -1,4 +1,4 @@
-"""Coming back: a page that lost its connection finds its session again by a token, within half a minute.
+"""Coming back: a page that lost its connection finds its session again by a token, or at least its settings.
 
     lost but not ended  -> the same session, its seat and engine stream with it, on the new connection
     ended               -> a new session with the settings of the old one
@@ -27,6 +27,8 @@ from server.frames import CameraFrame, FrameMark, OutgoingFrame
 from server.node_name import new_resume_token
 
 RESUME_S = 30.0
+# After its last packet; others wait for the seat. The page itself comes back after 5 s without a word of the server.
+SEAT_S = 18.0
 MAX_KEPT = 256
 # Of a session whose new connection is not up yet; each is an answer that may have been lost.
 MAX_TOKENS = 4

@@ -9,6 +9,7 @@ frame at a time; there is no thread to join when the peer leaves.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter, deque
@@ -52,6 +53,10 @@ from server.settings import MediaSettings
 TICK_S = 0.008
 SOURCE_SILENT_S = 1.0
 MAX_DECODE_ERRORS = 20
+# An estimate is told this often; at once when it is less than this share of the one told. One a packet, as the
+# estimator makes them on a full network, would fill the way back.
+TELL_INTERVAL_S = 0.2
+TOLD_AT_ONCE = 0.97
 # Video: a hole of 150 ms releases five frames at once at 30 fps; the rest is for a decoder that was held up.
 MAX_QUEUED = {"video": 12, "audio": 50}
 
@@ -88,6 +93,8 @@ class MediaReceiver:
         self._streams: dict[int, StreamStatistics] = {}
         self._sender_reports: dict[int, tuple[int, float]] = {}
         self._estimator = RemoteBitrateEstimator() if kind == "video" else None
+        self._newest_sent_at: int | None = None  # abs-send-time: 24 bits
+        self._told_bitrate, self._told_at, self._reported_at = 0, -math.inf, -math.inf
         self._queue: deque[tuple[RTCRtpCodecParameters, EncodedFrame]] = deque()
         self._queued = asyncio.Event()
         self._trouble = asyncio.Event()
@@ -173,18 +180,28 @@ class MediaReceiver:
         self._release(order, now)
 
     async def _estimate(self, packet: RtpPacket, arrival_time_ms: int) -> None:
-        """Feed the bandwidth estimate, and tell the sender when it changes (REMB)."""
-        if self._estimator is None or packet.extensions.abs_send_time is None:
+        """Feed the bandwidth estimate, and tell the sender of it (REMB), with a report where it fell."""
+        sent_at = packet.extensions.abs_send_time
+        if self._estimator is None or sent_at is None:
             return
+        size = len(packet.payload) + packet.padding_size
+        if self._newest_sent_at is not None and (sent_at - self._newest_sent_at) & 0x800000:
+            # Overtaken, or repeated under the time of its original, as aiortc does: no measure of the way's delay.
+            self._estimator.incoming_bitrate.add(size, arrival_time_ms)
+            return
+        self._newest_sent_at = sent_at
         estimate = self._estimator.add(
-            abs_send_time=packet.extensions.abs_send_time,
-            arrival_time_ms=arrival_time_ms,
-            payload_size=len(packet.payload) + packet.padding_size,
-            ssrc=packet.ssrc,
+            abs_send_time=sent_at, arrival_time_ms=arrival_time_ms, payload_size=size, ssrc=packet.ssrc
         )
         if estimate is None or self._rtcp_source is None:
             return
         bitrate = min(max(estimate[0], self._settings.min_bitrate), self._settings.max_bitrate)
+        has_fallen, now = bitrate < TOLD_AT_ONCE * self._told_bitrate, time.monotonic()
+        if not has_fallen and now - self._told_at < TELL_INTERVAL_S:
+            return
+        if has_fallen and now - self._reported_at >= TELL_INTERVAL_S:
+            await self._send_reports()
+        self._told_bitrate, self._told_at = bitrate, now
         fci = pack_remb_fci(bitrate, estimate[1])
         await self._send_rtcp(RtcpPsfbPacket(fmt=RTCP_PSFB_APP, ssrc=self._rtcp_source, media_ssrc=0, fci=fci))
 
@@ -248,12 +265,15 @@ class MediaReceiver:
     async def _ask(self, order: FrameOrder | PacketOrder, now: float) -> None:
         if self._rtcp_source is None or self._source is None:
             return
+        questions: list[AnyRtcpPacket] = []
         if lost := order.due(now):
             nack = RtcpRtpfbPacket(fmt=RTCP_RTPFB_NACK, ssrc=self._rtcp_source, media_ssrc=self._source)
             nack.lost = sorted(lost)
-            await self._send_rtcp(nack)
+            questions.append(nack)
         if order.key_frame_due(now):
-            await self._send_rtcp(RtcpPsfbPacket(fmt=RTCP_PSFB_PLI, ssrc=self._rtcp_source, media_ssrc=self._source))
+            questions.append(RtcpPsfbPacket(fmt=RTCP_PSFB_PLI, ssrc=self._rtcp_source, media_ssrc=self._source))
+        for question in questions * (2 if order.asks_twice else 1):
+            await self._send_rtcp(question)
 
     async def _decode(self) -> None:
         """Decode what is queued, one frame at a time, in the pool."""
@@ -296,9 +316,13 @@ class MediaReceiver:
         """Send receiver reports, as aiortc does: at random intervals of 0.5 to 1.5 s (RFC 3550, 6.2)."""
         while True:
             await asyncio.sleep(0.5 + random.random())
-            if self._rtcp_source is not None and self._streams:
-                reports = [self._receiver_info(ssrc, stream) for ssrc, stream in self._streams.items()]
-                await self._send_rtcp(RtcpRrPacket(ssrc=self._rtcp_source, reports=reports))
+            await self._send_reports()
+
+    async def _send_reports(self) -> None:
+        self._reported_at = time.monotonic()
+        if self._rtcp_source is not None and self._streams:
+            reports = [self._receiver_info(ssrc, stream) for ssrc, stream in self._streams.items()]
+            await self._send_rtcp(RtcpRrPacket(ssrc=self._rtcp_source, reports=reports))
 
     def _receiver_info(self, ssrc: int, stream: StreamStatistics) -> RtcpReceiverInfo:
         last_report, received_at = self._sender_reports.get(ssrc, (0, 0.0))

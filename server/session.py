@@ -44,7 +44,7 @@ from server.pacer import Pacer
 from server.peer import Peer, PeerGone
 from server.presenter import RESTYLED, Picture, Presenter
 from server.recording import End, Recording, RecordingError, Recordings
-from server.resume import RESUME_S, Arrival, Connect, Door, Link
+from server.resume import SEAT_S, Arrival, Connect, Door, Link
 from server.scenes import Show
 from server.session_record import header_of, why_not_exact
 from server.settings import ServerSettings
@@ -238,7 +238,7 @@ class Session:
                     raise PeerGone(reason)
                 await door.close()
                 log.info("session %s: its peer is lost (%s); it may come back", self.id, reason)
-                left_s = peer.last_packet_at + RESUME_S - time.monotonic()
+                left_s = peer.last_packet_at + SEAT_S - time.monotonic()
                 try:
                     async with asyncio.timeout(max(0.0, left_s)):
                         await self._arrived.wait()
@@ -298,6 +298,7 @@ class Session:
             "reason": reason,
             "rung": self._in_force(),
             "camera_overwritten": peer.counters.get("camera_overwritten", 0),
+            "peer": {name: count for name, count in sorted(peer.counters.items()) if count},
         }
         log.info("session %s: summary %s", self.id, json.dumps(summary))
         if reason not in PEER_LEFT:

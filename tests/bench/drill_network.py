@@ -40,6 +40,8 @@ BACK_SHARE = 0.8
 # A picture older than the promise (latency_budget_s), the way there and back, and two encodings.
 LATE_S = 0.7
 SEAT_FREE_S = 20.0
+SUMMARY = ": summary "
+SUMMARY_FIGURES = ("due", "thinned", "camera_overwritten", "dropped", "late", "peer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ CASES = (
 
 
 async def measure(case: Case, server: Server, pictures: list[NDArray[np.uint8]], options: argparse.Namespace) -> Any:
-    """One case: its figures, with what missed its target in words under `missed`."""
+    """One case: its figures, with what missed its target in words under `missed`, and the session's counters."""
     target, lasts_s = case.target, case.lasts_s or options.seconds
     async with linked(server.url, pictures, seed=options.seed) as (client, link):
         link.set(Impairment(delay_s=case.how.delay_s))
@@ -105,8 +107,8 @@ async def measure(case: Case, server: Server, pictures: list[NDArray[np.uint8]],
         found = {"case": case.name, **asdict(seen), "gap_s": gap_s, "back_s": back_s}
         found["up"], found["down"] = dict(link.up.counters), dict(link.down.counters)
         found["client"] = {name: count for name, count in sorted(client.counters.items()) if count}
-        found["stats"] = (client.figures._stats or {}).get("dropped", {})
         found["errors"] = client.errors
+    found["server"] = await server_summary(server)
     missed = [
         f"{name} {value:.2f} instead of {bound:g}"
         for name, value, bound, is_most in (
@@ -119,6 +121,18 @@ async def measure(case: Case, server: Server, pictures: list[NDArray[np.uint8]],
         if bound is not None and (value > bound if is_most else value < bound)
     ]
     return found | {"missed": missed}
+
+
+async def server_summary(server: Server, timeout_s: float = 5.0) -> dict[str, Any]:
+    """What the server says of the session that has just ended; empty when it says nothing in time."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        lines = [line for line in server.log_text().splitlines() if SUMMARY in line]
+        if lines:
+            summary: dict[str, Any] = json.loads(lines[-1].partition(SUMMARY)[2])
+            return {name: summary[name] for name in SUMMARY_FIGURES}
+        await asyncio.sleep(0.1)
+    return {}
 
 
 async def until_free(server: Server, timeout_s: float) -> float | None:

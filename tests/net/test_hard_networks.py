@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
@@ -79,7 +80,25 @@ async def test_a_narrow_network_shows_fewer_pictures_and_never_ends_the_picture(
     while len(shares) < 5 and not any(share >= 0.4 for share in shares[1:]):
         shares.append(await share_shown(client, 90))
     assert max(shares[1:]) >= 0.4, shares
+    # Not by luck: the queue overflowed, was noticed, and since then no more is sent than passes.
+    before = Counter(link.up.counters)
+    shares.append(await share_shown(client, 90))
+    passed, lost = (link.up.counters[name] - before[name] for name in ("carried", "queue_full"))
+    assert before["queue_full"] and lost < 0.1 * passed, (before, link.up.counters)
+    assert client.counters["network_behind"]
     assert client._connection.connectionState == "connected"
+
+
+async def test_many_packets_lost_by_chance_are_sent_twice_and_leave_no_picture_out(
+    session: tuple[HardClient, Link],
+) -> None:
+    client, link = session
+    link.set(Impairment(loss=0.2, delay_s=0.02))
+    shares = [await share_shown(client) for _ in range(2)]
+    assert max(shares) >= 0.5, shares
+    lost = link.up.counters["lost"]
+    assert client.counters["packets_repeated"] > 1.2 * lost, (client.counters, link.up.counters)
+    assert client.counters["network_behind"] < 0.1 * len(client.journal.sent_at)
 
 
 async def test_the_picture_goes_on_after_a_black_hole(session: tuple[HardClient, Link]) -> None:

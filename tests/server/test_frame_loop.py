@@ -41,6 +41,13 @@ def test_a_jittery_camera_at_the_agreed_rate_loses_nothing() -> None:
     assert sum(map(gate.admit, instants)) >= 475
 
 
+def test_frames_of_a_gap_that_come_together_after_it_are_admitted_and_a_rush_is_not() -> None:
+    gate = RateGate(15)
+    assert all(gate.admit(number / 15) for number in range(30))
+    assert 4 <= sum(gate.admit(2.2) for _ in range(12)) <= 5  # three that were held up, and its own
+    assert all(gate.admit(2.2 + number / 15) for number in range(1, 10))
+
+
 def test_a_chunk_is_due_with_its_oldest_frame_and_the_first_holds_one() -> None:
     assembler = ChunkAssembler(4, 0.5)
     chunks = [assembler.push(GREY, index=10 + i, arrived_at=float(i)) for i in range(9)]

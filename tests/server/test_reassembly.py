@@ -85,6 +85,17 @@ def test_missing_packet_is_asked_for_again_but_not_for_ever() -> None:
     assert asked == [[0, 1]] * MAX_TRIES
 
 
+def test_who_loses_many_packets_asks_twice() -> None:
+    order = frame_order()
+    told = []
+    for begin, lost_of_ten in ((0, 0), (400, 3), (800, 0)):
+        for sequence in range(begin, begin + 400):
+            if sequence % 10 >= lost_of_ten:
+                push(order, sequence, pieces(sequence, 1, key=sequence == 0)[0], sequence / 60)
+        told.append(order.asks_twice)
+    assert told == [False, True, False]
+
+
 def test_questions_follow_the_round_trip() -> None:
     order = FrameOrder(is_vp8_key_frame, 1e9, Counter())
     push(order, 0, pieces(0, 1, key=True)[0], 0.0)

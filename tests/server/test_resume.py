@@ -168,7 +168,7 @@ async def test_a_page_cut_off_finds_its_seat_though_the_server_is_full() -> None
 
 
 async def test_a_page_that_stays_away_loses_its_seat_and_keeps_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.session.RESUME_S", 2.0)
+    monkeypatch.setattr("server.session.SEAT_S", 2.0)
     async with one_seat(vanish_timeout_s=1.0) as house:
         lost, _, answer = await house.page(params={"prompt": "neon", "seed": 7})
         await lost.until(lambda: lost.pictures, "the first picture")

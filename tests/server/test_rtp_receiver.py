@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from aiortc.codecs import CODECS
 from aiortc.rtcrtpparameters import RTCRtpDecodingParameters, RTCRtpReceiveParameters, RTCRtpRtxParameters
-from aiortc.rtp import RtcpPacket, RtcpPsfbPacket, RtcpRtpfbPacket, RtpPacket, unpack_remb_fci, wrap_rtx
+from aiortc.rtp import RtcpPacket, RtcpPsfbPacket, RtcpRrPacket, RtcpRtpfbPacket, RtpPacket, unpack_remb_fci, wrap_rtx
 
 from server.decoding import Picture
 from server.encoding import VideoEncoder
@@ -120,6 +121,40 @@ async def test_first_report_is_the_seeded_estimate(bench: Bench) -> None:
     (remb,) = bench.wire.of(RtcpPsfbPacket, 15)
     bitrate, sources = unpack_remb_fci(remb.fci)
     assert abs(bitrate - 1_500_000) < 50_000 and sources == [SSRC]
+
+
+async def test_repeats_under_the_time_of_their_originals_do_not_lower_the_estimate(bench: Bench) -> None:
+    """As aiortc sends them. One packet in ten is lost and repeated 48 ms after the next one came."""
+    chance = random.Random(0)
+    arrivals: list[tuple[float, float]] = []
+    lost_ms: list[float] = []
+    for number in range(300):
+        for place in range(chance.randint(3, 7)):
+            sent_ms = 1000 + number * 1000 / 15 + place / 10
+            if chance.random() < 0.1 and number > 60:
+                lost_ms.append(sent_ms)
+                continue
+            arrivals += [(sent_ms + 20, sent_ms), *((sent_ms + 68, before_ms) for before_ms in lost_ms)]
+            lost_ms = []
+    for arrived_ms, sent_ms in sorted(arrivals):
+        packet = RtpPacket(97, 0, 0, 0, SSRC, bytes(1200))
+        packet.extensions.abs_send_time = int(sent_ms * 262144 / 1000) & 0xFFFFFF
+        await bench.receiver._estimate(packet, int(arrived_ms))
+    told = [unpack_remb_fci(remb.fci)[0] for remb in bench.wire.of(RtcpPsfbPacket, 15)]
+    assert min(told) >= 0.97 * told[0]
+
+
+async def test_a_fallen_estimate_is_told_at_once_and_with_a_report_of_losses(bench: Bench) -> None:
+    for number in range(90):
+        at_ms, queue_ms = round(number * 1000 / 15), max(0, number - 60) * 20
+        for packet in bench.frame(number):
+            packet.extensions.abs_send_time = at_ms * 262144 // 1000
+            await bench.receiver._handle_rtp_packet(packet, arrival_time_ms=at_ms + 20 + queue_ms)
+    told = [unpack_remb_fci(remb.fci)[0] for remb in bench.wire.of(RtcpPsfbPacket, 15)]
+    assert told[-1] < 0.9 * told[0]
+    assert any(isinstance(packet, RtcpRrPacket) for packet in bench.wire.sent)
+    # A full network is not filled with estimates: each is less than the one before, or a while later.
+    assert len(told) <= 30
 
 
 async def test_missing_packet_is_asked_for_and_taken_from_its_repetition(bench: Bench) -> None:

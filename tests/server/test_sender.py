@@ -22,7 +22,7 @@ from aiortc.rtp import (
 
 from server.decoding import Decoder, PictureTooLargeError
 from server.egress import OutgoingVideo
-from server.encoding import AUDIO_SAMPLES, AudioEncoder, BitratePolicy, VideoEncoder
+from server.encoding import AUDIO_SAMPLES, DRAIN_S, AudioEncoder, BitratePolicy, VideoEncoder
 from server.frames import OutgoingFrame
 from server.reassembly import EncodedFrame, is_h264_key_frame, is_vp8_key_frame
 from server.sender import VideoSender
@@ -57,10 +57,9 @@ def test_bitrate_begins_at_the_honest_start_within_its_bounds() -> None:
         (2000, 2.9, 1000),
         (2000, 3.0, 2000),
         (9000, 3.0, 4000),
-        (700, 2.9, 1000),
-        (700, 3.0, 700),
-        (400, 0.9, 1000),
-        (400, 1.0, 400),  # to less than half: at once, sending on would fill the network's queue
+        (700, 0.9, 1000),
+        (700, 1.0, 700),  # fallen: soon, sending on would fill the network's queue
+        (400, 1.0, 400),
         (1, 1.0, 300),
     ],
 )
@@ -115,16 +114,65 @@ def test_steady_rise_rebuilds_the_encoder_every_few_seconds_only() -> None:
     assert used == sorted(used) and used[-1] > 3_000_000
 
 
-def test_heavy_loss_lowers_the_bitrate_from_what_is_sent_and_a_clean_line_raises_it_again() -> None:
+def test_a_fallen_estimate_is_followed_up_and_down_and_its_wavering_is_no_lag() -> None:
+    policy = busy_policy(1000)
+    policy.report(1000, 0.0)
+    for step, estimate in enumerate((700, 500, 540, 460, 500, 430, 470)):
+        policy.report(estimate, 1.0 + 0.1 * step)
+    assert policy.bitrate(2.0) == 470
+    policy.sent(470, 2.0)
+    for second in range(3, 12):
+        policy.sent(470, float(second))
+        policy.report(470 + 15 * second, float(second))
+    assert policy.bitrate(12.0) == 635  # and up again with it, by steps of 25 %
+
+
+def test_loss_by_chance_costs_half_the_bitrate_at_most_and_no_picture_and_a_clean_line_raises_it_again() -> None:
     policy = busy_policy(800)
-    policy.lost(0.05)
+    policy.lost(0.05, 0.0, 0.0)
     assert policy.bitrate(3.0) == 1000
-    policy.lost(0.2)
+    policy.lost(0.2, 0.0, 3.0)
     assert policy.bitrate(3.0) == 720  # 800 less half of the loss
-    for _ in range(3):
-        policy.lost(0.0)
-    assert policy.bitrate(6.0) == 1000
-    assert policy.has_room(6.0)  # loss alone leaves no picture out
+    for second in range(4, 24):
+        policy.lost(0.2, 0.05, float(second))
+    assert policy.bitrate(24.0) == 400 and policy.has_room(24.0)
+    for second in range(24, 32):
+        policy.lost(0.0, 0.0, float(second))
+    assert policy.bitrate(32.0) == 1000
+
+
+@pytest.mark.parametrize(("share", "queue_s"), [(0.2, 0.3), (0.5, 0.0)], ids=["queue", "share"])
+def test_loss_of_a_full_queue_lowers_the_bitrate_to_its_least(share: float, queue_s: float) -> None:
+    policy = busy_policy(800)
+    for second in range(40):
+        policy.lost(share, queue_s, float(second))
+    assert policy.bitrate(40.0) == 300 and not policy.sends_twice
+
+
+def test_packets_are_sent_twice_while_many_are_lost_by_chance() -> None:
+    policy = busy_policy(800)
+    told = []
+    for second, share in enumerate((0.2, 0.2, 0.2, 0.0, 0.0)):
+        policy.lost(share, 0.0, float(second))
+        told.append(policy.sends_twice)
+    assert told == [False, True, True, False, False]
+    policy.report(800, 5.0)
+    policy.lost(0.2, 0.0, 5.0)
+    policy.report(600, 6.0)  # the delay complains: what is lost is lost to a queue
+    for _ in range(4):
+        policy.lost(0.2, 0.0, 6.0)
+    assert not policy.sends_twice
+
+
+def test_what_was_lost_before_an_estimate_fell_does_not_lower_the_bitrate_further() -> None:
+    policy = busy_policy(1000)
+    policy.report(1000, 0.0)
+    policy.report(600, 1.0)
+    policy.lost(0.6, 0.5, 1.1)
+    policy.lost(0.6, 0.5, 1.9)
+    assert policy.bitrate(2.0) == 600
+    policy.lost(0.6, 0.5, 2.1)
+    assert policy.bitrate(3.0) == 420
 
 
 def test_pictures_are_left_out_while_the_receiver_complains_and_more_was_sent_than_it_takes() -> None:
@@ -135,11 +183,23 @@ def test_pictures_are_left_out_while_the_receiver_complains_and_more_was_sent_th
     policy.report(500, 0.5)
     assert not policy.has_room(0.5)
     assert policy.has_room(0.5 + 6000 / 500)
+    policy.report(1000, 19.0)
     policy.report(500, 20.0)
-    policy.sent(100, 20.0)
-    assert policy.has_room(20.0)
-    policy.sent(100, 20.0)
-    assert not policy.has_room(20.0)  # repeated packets count too
+    policy.sent(100, 20.5)
+    assert policy.has_room(20.5)
+    policy.sent(100, 20.5)
+    assert not policy.has_room(20.5)  # repeated packets count too
+
+
+def test_nothing_is_sent_into_a_full_queue_until_it_has_drained_a_little() -> None:
+    policy = busy_policy(1000)
+    policy.report(1000, 10.0)
+    policy.report(900, 10.1)
+    assert policy.has_room(10.1)
+    policy.report(600, 10.2)
+    assert not policy.has_room(10.2) and policy.has_room(10.2 + DRAIN_S)
+    policy.report(400, 10.6)
+    assert policy.has_room(10.6)  # once: the rest is the bitrate's
 
 
 def moving(number: int, size: tuple[int, int] = (128, 128)) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -239,7 +299,7 @@ async def test_sender_follows_the_receiver_and_limits_what_it_can_be_made_to_do(
         nack = RtcpRtpfbPacket(fmt=RTCP_RTPFB_NACK, ssrc=1, media_ssrc=sender._ssrc)
         nack.lost = [7] * 5000
         await sender._handle_rtcp_packet(nack)
-        assert counters["packets_repeated"] == 1
+        assert counters["repeats_gone"] == 1
 
         kinds = []
         for number in range(3):
@@ -249,3 +309,25 @@ async def test_sender_follows_the_receiver_and_limits_what_it_can_be_made_to_do(
             assert frame is not None and frame.timestamp == number * 90000
             kinds.append(is_vp8_key_frame(encoded(VIDEO["VP8"], frame.payloads)))
         assert kinds == [True, False, False] and counters["key_frames_sent"] == 1
+
+
+async def test_left_out_pictures_do_not_swell_the_next_one() -> None:
+    """Constant bitrate in time would give the one picture that is sent in a second what all of them save."""
+    counters: Counter[str] = Counter()
+    track = OutgoingVideo(counters)
+    noise = np.random.default_rng(0)
+    with ThreadPoolExecutor(1) as pool:
+        sender = VideoSender(track, cast(Any, Wire()), pool, SETTINGS, counters)
+        sizes = []
+        for number in range(60):
+            # 15 a second, then one a second as the rest finds no room.
+            if number >= 40 and number % 4:
+                sender._policy.has_room = lambda now: False  # type: ignore[method-assign]
+            else:
+                sender._policy.has_room = lambda now: True  # type: ignore[method-assign]
+            picture = noise.integers(0, 255, (128, 128, 3), np.uint8)
+            track.push(OutgoingFrame(number, 0.0, picture, 0), 100.0 + number / 15)
+            if (frame := await sender._next_encoded_frame(VIDEO["VP8"])) is not None:
+                sizes.append(sum(map(len, frame.payloads)))
+    assert counters["network_behind"] == 15 and len(sizes) == 45
+    assert max(sizes[40:]) < 1.5 * max(sizes[20:40])
