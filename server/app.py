@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -23,8 +22,8 @@ from engine.fake import FakeEngine
 from engine.ray_cluster import RayCluster
 from server.access import new_token
 from server.catalogue import load_styles, steps_max
-from server.health import ADMIN_HOST, admin_application, health_routes
-from server.limits import Connections, GuardedSite
+from server.health import admin_application, admin_listener, health_routes, why_not_listening
+from server.limits import GuardedSite
 from server.metrics import ServerMetrics
 from server.osc import listening
 from server.recording import Recordings
@@ -108,28 +107,21 @@ async def running_server(
             auto_decompress=False,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
-        probes = health_routes(engine)
-        admin = web.AppRunner(admin_application(probes, metrics.registry), access_log=None, auto_decompress=False)
+        admin = admin_application(health_routes(engine), metrics.registry)
         await runner.setup()
-        await admin.setup()
         try:
             site = GuardedSite(runner, settings.host, settings.port, signalling.guard.connections, tls=tls)
             await site.start()
             port: int = runner.addresses[0][1]
-            admin_port = settings.admin_port
-            if admin_port is None:
-                admin_port = (port + 1) % 65536 if settings.port else 0
-            await GuardedSite(admin, ADMIN_HOST, admin_port, Connections(lambda reason: None)).start()
-            log.info("metrics at http://%s:%d/metrics", *admin.addresses[0][:2])
-            await engine.start()
-            osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
-            async with recordings, registry, osc:
-                yield context, port
-                if settings.drain_s and registry.open_sessions:
-                    await registry.drain(settings.drain_s, hurry)
+            async with admin_listener(admin, settings.admin_port, wished=settings.port, got=port):
+                await engine.start()
+                osc = listening(settings.osc_host, settings.osc_port, signalling.steering, metrics.osc, context.clock)
+                async with recordings, registry, osc:
+                    yield context, port
+                    if settings.drain_s and registry.open_sessions:
+                        await registry.drain(settings.drain_s, hurry)
         finally:
             await runner.cleanup()
-            await admin.cleanup()
             await engine.close()
 
 
@@ -148,10 +140,7 @@ async def serve(settings: ServerSettings) -> int:
             await stop.wait()
             print("Stopping.", flush=True)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            print(f"{error.strerror}: choose other ports with --port and --admin-port", file=sys.stderr)
-        else:
-            print(f"cannot start: {error}", file=sys.stderr)
+        print(why_not_listening(error), file=sys.stderr)
         return 1
     return 0
 

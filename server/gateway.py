@@ -34,7 +34,7 @@ from server.errors import Full, NotFound, ServerError, problem
 from server.forward import Answer, NotReached, ask, headers_for, pass_on, target
 from server.gateway_nodes import CAPACITY, Node, Nodes
 from server.guard import SESSIONS, SOCKET, SUBPROTOCOL, client_address, session_of
-from server.health import ADMIN_HOST, admin_application
+from server.health import admin_application, admin_listener
 from server.limits import Connections, GuardedSite
 from server.node_name import node_of
 from server.settings import is_loopback
@@ -554,26 +554,16 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gate
         runner = web.AppRunner(
             gateway.application(), access_log=None, auto_decompress=False, shutdown_timeout=SHUTDOWN_TIMEOUT_S
         )
-        admin = web.AppRunner(
-            admin_application(gateway.health_routes(), gateway.metrics.registry),
-            access_log=None,
-            auto_decompress=False,
-        )
+        admin = admin_application(gateway.health_routes(), gateway.metrics.registry)
         await runner.setup()
-        await admin.setup()
         polling = asyncio.create_task(nodes.run(), name="gateway/nodes")
         try:
             await nodes.refresh()
             await GuardedSite(runner, settings.host, settings.port, gateway.connections, tls=tls).start()
             port: int = runner.addresses[0][1]
-            admin_port = settings.admin_port
-            if admin_port is None:
-                admin_port = (port + 1) % 65536 if settings.port else 0
-            await GuardedSite(admin, ADMIN_HOST, admin_port, Connections(lambda reason: None)).start()
-            log.info("metrics at http://%s:%d/metrics", *admin.addresses[0][:2])
-            yield gateway, port
+            async with admin_listener(admin, settings.admin_port, wished=settings.port, got=port):
+                yield gateway, port
         finally:
             polling.cancel()
             await asyncio.wait([polling])
             await runner.cleanup()
-            await admin.cleanup()

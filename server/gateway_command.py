@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import os
 import signal
 import sys
@@ -84,6 +83,7 @@ def gateway(options: argparse.Namespace) -> int:
 
 async def _serve(settings: GatewaySettings) -> int:
     from server.gateway import running_gateway
+    from server.health import why_not_listening
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -94,9 +94,6 @@ async def _serve(settings: GatewaySettings) -> int:
             print(f"The gateway is at {scheme}://{settings.host}:{port}  (Ctrl-C stops it)", flush=True)
             await stop.wait()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            print(f"{error.strerror}: choose other ports with --port and --admin-port", file=sys.stderr)
-        else:
-            print(f"cannot start: {error}", file=sys.stderr)
+        print(why_not_listening(error), file=sys.stderr)
         return 1
     return 0

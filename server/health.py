@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+import errno
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from engine.api import Engine, EngineState
+from server.limits import Connections, GuardedSite
+
+log = logging.getLogger(__name__)
 
 ADMIN_HOST = "127.0.0.1"
 ADMIN_NAMES = (ADMIN_HOST, "localhost")
@@ -37,6 +43,37 @@ def admin_application(health: Sequence[web.RouteDef], registry: CollectorRegistr
     app = web.Application(middlewares=[_only_by_own_name], client_max_size=1024)
     app.add_routes([*health, web.get("/metrics", metrics)])
     return app
+
+
+@contextlib.asynccontextmanager
+async def admin_listener(
+    application: web.Application, port: int | None, *, wished: int, got: int
+) -> AsyncIterator[None]:
+    """Serve it on loopback for as long as the context is open.
+
+    Args:
+        port: None is the one after the public port, or any free one where that was any, too.
+        wished, got: the public port, as it was asked for and as it is.
+
+    Raises: OSError when the port is taken.
+    """
+    if port is None:
+        port = (got + 1) % 65536 if wished else 0
+    runner = web.AppRunner(application, access_log=None, auto_decompress=False)
+    await runner.setup()
+    try:
+        await GuardedSite(runner, ADMIN_HOST, port, Connections(lambda reason: None)).start()
+        log.info("metrics at http://%s:%d/metrics", *runner.addresses[0][:2])
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def why_not_listening(error: OSError) -> str:
+    """For who started it."""
+    if error.errno == errno.EADDRINUSE:
+        return f"{error.strerror}: choose other ports with --port and --admin-port"
+    return f"cannot start: {error}"
 
 
 @web.middleware
