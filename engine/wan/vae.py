@@ -256,7 +256,7 @@ class TinyVAE(nn.Module):
             (self.unproject.bias, mean),
         ):
             assert parameter is not None  # both layers are made with a bias
-            parameter.copy_(solved.reshape(parameter.shape))
+            parameter.copy_(solved.view(parameter.shape))
         self.latent_mean.zero_()
         self.latent_std.fill_(1)
 
@@ -272,4 +272,4 @@ class TinyVAE(nn.Module):
         raise ValueError(f"{count} frames are neither whole groups of {FRAMES_PER_LATENT} nor one more")
 
     def _per_channel(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1)
+        return values.view(-1, 1, 1)

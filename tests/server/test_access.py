@@ -567,7 +567,7 @@ async def get(port: int, path: str = "/", source: str = "127.0.0.1") -> bytes:
 
 
 async def test_metrics_stand_on_the_operators_listener_alone(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "server.app")
+    caplog.set_level(logging.INFO, "server.health")
     async with house(tokens=TokenSettings(**TOKENS)) as here:
         found = re.search(r"metrics at (http://127\.0\.0\.1:\d+)/metrics", caplog.text)
         assert found is not None
