@@ -63,9 +63,8 @@ def bench(model: Model, width: int, height: int, steps: int, chunks: int) -> dic
         pipeline.render(state, frames)
     timer = PartTimer()
     timer.wrap(model.vae, "encode", "encode")
-    timer.wrap(model.transformer, "forward", "transformer step, with refine")
-    if model.transformer.refine is not None:
-        timer.wrap(model.transformer.refine, "forward", "of which refine")
+    timer.wrap(model.transformer, "forward", "transformer step")
+    timer.wrap(model.transformer, "leave", "of which head and refiner")
     timer.wrap(model.vae, "decode", "decode")
     for _ in range(chunks):
         timer.measure("whole chunk", lambda: pipeline.render(state, frames))

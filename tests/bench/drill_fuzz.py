@@ -312,9 +312,11 @@ def drill(seconds: float, seed: int, folder: Path) -> Outcome:
 def _sessions_left(url: str) -> int:
     """Sessions still open when those whose end was mangled had to be given up: nobody connected to them."""
     until = time.monotonic() + GIVEN_UP_S
-    while (left := int(ask("GET", url + "/api/v1/capacity", headers=BEARER).json()["open"])) and time.monotonic() < until:
+    while True:
+        left = int(ask("GET", url + "/api/v1/capacity", headers=BEARER).json()["open"])
+        if not left or time.monotonic() >= until:
+            return left
         time.sleep(0.5)
-    return left
 
 
 def main() -> int:
