@@ -30,10 +30,11 @@ bench:  ## measure this machine: the model by parts, the engine's passes, one pa
 	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
 	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
 
-drills:  ## break it and watch: an engine four times slower in mid-stream, and well again; a minute of mangled requests
+drills:  ## break it and watch: an engine four times slower in mid-stream; a minute of mangled requests; bad networks
 	@scripts/setup test
 	@$(BIN)/python tests/bench/drill_slowdown.py $(ARGS)
 	@$(BIN)/python tests/bench/drill_fuzz.py
+	@$(BIN)/python tests/bench/drill_network.py --seconds 6
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train
