@@ -49,18 +49,18 @@ def user_cache_dir() -> Path:
 
 
 @cache
-def has_amx() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16 (Intel AMX), where Linux tells so.
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 (AVX512-BF16, AMX beside it), where Linux tells so.
 
-    Other CPUs gain nothing from bfloat16, or lose: those with AVX512-BF16 alone run the embedded model at the same
-    speed, those without it many times slower (docs/engine.md).
+    The embedded model takes half to three quarters of its time with them; without them bfloat16 is many times slower
+    than float32 (docs/engine.md).
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return False
     flags = next((line for line in lines if line.startswith("flags")), "")
-    return {"amx_tile", "amx_bf16"} <= set(flags.split())
+    return "avx512_bf16" in flags.split()
 
 
 class _Frozen(BaseModel):
@@ -220,7 +220,7 @@ class EngineSettings(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="of weights and activations; auto: bfloat16 on a GPU and on a CPU with AMX, float32 on others",
+        description="of weights and activations; auto: bfloat16 on a GPU and on a CPU that multiplies it, else float32",
     )
     vae: Literal["auto", "full", "light"] = Field(
         default="auto",
@@ -296,7 +296,7 @@ class EngineSettings(BaseModel):
         """The dtype that `auto` stands for on this machine."""
         if self.dtype != "auto":
             return self.dtype
-        return "bfloat16" if self.device != "cpu" or has_amx() else "float32"
+        return "bfloat16" if self.device != "cpu" or multiplies_bfloat16() else "float32"
 
     @property
     def rank_count(self) -> int:

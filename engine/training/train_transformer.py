@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.config import has_amx
+from engine.config import multiplies_bfloat16
 from engine.training.budget import Budget, load_checkpoint, log, save_checkpoint
 from engine.training.data import STYLES, shard_paths
 from engine.training.latents import latent_paths, load_latents, load_vae
@@ -151,8 +151,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> float:
         """One step of all workers together; returns this worker's loss before it."""
         self.trained.zero_grad(set_to_none=True)
-        # A CPU with AMX serves the model in bfloat16; here it makes a step take two thirds of the time.
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_amx()), warnings.catch_warnings():
+        # A CPU that can serves the model in bfloat16; with AMX it makes a step here take two thirds of the time.
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()), warnings.catch_warnings():
             # Of the norms, which take float32 weights to inputs in bfloat16 here.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             loss = self.loss(batch)
