@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +66,9 @@ def flex_attend(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths
 
 def varlen_attend(q_BQGD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, lengths: Lengths) -> Tensor:
     """Flash attention over rows of unequal length. Never run by us: torch has no CPU kernel for it."""
+    # With it comes torch's compiler: half of all that a rank imports, and nothing where another kernel is used.
+    from torch.nn.attention.varlen import varlen_attn
+
     rows, queries = q_BQGD.shape[:2]
     keys = k_BLGD.shape[1]
     starts = torch.arange(rows + 1, dtype=torch.int32, device=q_BQGD.device)

@@ -166,6 +166,6 @@ def test_varlen_is_called_as_torch_declares_it(monkeypatch: pytest.MonkeyPatch) 
         )
         return rows.flatten(0, 1)
 
-    monkeypatch.setattr("engine.attention.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths = lengths_of([5, 8], 3, 8)
     torch.testing.assert_close(varlen_attend(q, k, v, lengths), sdpa_attention(q, k, v, lengths), atol=1e-6, rtol=0)
