@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import exp, log
 
 from engine.devices import DEVICES, Device, wan_costs
-from engine.simulator import published_tick_s
+from engine.simulator_published import published_tick_s
 
 STEPS = (1, 2, 3, 4)
 SIZES = {"832x480": (832, 480), "512x512": (512, 512)}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from engine.devices import ChunkCosts
-    from engine.simulator import Outcome, Workload
+    from engine.simulator_load import Workload
+    from engine.simulator_outcome import Outcome
 
 NOTE = (
     "A prediction by simulation. GPU figures rest on the published tables of StreamDiffusionV2 (H100, RTX 4090) and "
@@ -82,7 +83,9 @@ class Setup:
 
     def run(self, workload: Workload) -> Outcome:
         """Simulate. Raises ValueError, if the model does not fit into memory."""
-        from engine.simulator import arrange, simulate, simulate_published
+        from engine.simulator import simulate
+        from engine.simulator_published import simulate_published
+        from engine.simulator_ranks import arrange
 
         if self.as_published:
             return simulate_published(self.costs, self.steps, workload)
@@ -91,7 +94,7 @@ class Setup:
 
     def groups(self, workload: Workload) -> list[int]:
         """Devices of each copy of the model."""
-        from engine.simulator import arrange
+        from engine.simulator_ranks import arrange
 
         if self.as_published:
             return [len(self.costs)]
@@ -99,7 +102,7 @@ class Setup:
 
     def most_sessions(self, workload: Workload) -> int:
         """That fit into memory."""
-        from engine.simulator import MAX_SESSIONS
+        from engine.simulator_load import MAX_SESSIONS
 
         if self.fits is None or self.as_published:
             return MAX_SESSIONS
@@ -125,7 +128,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _workload(options: argparse.Namespace) -> Workload:
-    from engine.simulator import Workload
+    from engine.simulator_load import Workload
 
     return Workload(
         1 if options.sessions is None else options.sessions,
@@ -327,7 +330,7 @@ def _table(result: dict[str, Any]) -> str:
 
 def plot(setup: Setup, workload: Workload, held: int) -> str:
     """An SVG of two panels over the number of sessions, to beyond what is held: misses, and frames a second of each."""
-    from engine.simulator import MAX_SESSIONS
+    from engine.simulator_load import MAX_SESSIONS
 
     last = min(max(8, 2 * held), MAX_SESSIONS)
     stride = max(1, last // 24)

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from engine.cost_model import Costs, Work
 from engine.devices import cpu_costs
 from engine.scheduler import Drop, Item, Picked
-from engine.simulator import Arrivals, Outcome, Policy, Workload, our_policy, simulate, split
+from engine.simulator import Policy, our_policy, simulate
+from engine.simulator_load import Arrivals, Workload
+from engine.simulator_outcome import Outcome
+from engine.simulator_ranks import split
 
 LOADS = (0.5, 0.8, 1.0, 1.2, 2.0)
 

@@ -20,7 +20,10 @@ from engine.api import Engine, EngineStream, FrameChunk, StreamParams
 from engine.client import LocalEngine
 from engine.config import EngineSettings
 from engine.devices import ChunkCosts
-from engine.simulator import CHUNK_FRAMES, WARM_UP_S, Outcome, Workload, simulate, split
+from engine.simulator import simulate
+from engine.simulator_load import CHUNK_FRAMES, WARM_UP_S, Workload
+from engine.simulator_outcome import Outcome
+from engine.simulator_ranks import split
 
 LEAD_S = 1.0
 DRAIN_S = 3.0

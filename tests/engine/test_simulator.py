@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import simulator
 from engine.cost_model import CostModel, Work
 from engine.devices import (
     DEVICES,
@@ -19,16 +18,11 @@ from engine.devices import (
 )
 from engine.published import LIVE_LATENCY_S, LIVE_MISSED, SIZES, TTFF_S, cells, error, fit, predicted_fps
 from engine.scheduler import Scheduler
-from engine.simulator import (
-    Workload,
-    arrange,
-    our_policy,
-    route,
-    sessions_held,
-    simulate,
-    simulate_published,
-    split,
-)
+from engine.simulator import our_policy, sessions_held, simulate
+from engine.simulator_load import Arrivals, Workload
+from engine.simulator_outcome import Outcome
+from engine.simulator_published import simulate_published
+from engine.simulator_ranks import arrange, route, split
 from engine.wan.presets import PRESETS
 from tests.bench.bench_overload import LOADS, compare
 
@@ -41,7 +35,7 @@ def h100(model: str = "wan2.1-1.3b", size: str = "512x512", count: int = 1, *, g
     return [costs.with_graphs() if graphs else costs] * count
 
 
-def ours(costs: list[ChunkCosts], steps: int, workload: Workload) -> simulator.Outcome:
+def ours(costs: list[ChunkCosts], steps: int, workload: Workload) -> Outcome:
     return simulate(arrange(costs, steps, workload), steps, workload)
 
 
@@ -138,7 +132,7 @@ def test_more_devices_never_give_fewer_frames_nor_fewer_than_published(model: st
 def test_misses_grow_with_sessions_and_those_held_do_not_miss() -> None:
     costs = [cpu_costs(256, 256)]
 
-    def run(workload: Workload) -> simulator.Outcome:
+    def run(workload: Workload) -> Outcome:
         return ours(costs, 1, workload)
 
     misses = [run(Workload(count, first_frames=1)).dmr for count in range(1, 9)]
@@ -282,7 +276,7 @@ def test_what_is_no_profile_is_refused(profile: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("arrivals", ["even", "poisson"])
 @pytest.mark.parametrize(("sessions", "micro_batch"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 4), (3, 4), (4, 4), (8, 4)])
-def test_no_other_policy_has_more_frames_on_time(arrivals: simulator.Arrivals, sessions: int, micro_batch: int) -> None:
+def test_no_other_policy_has_more_frames_on_time(arrivals: Arrivals, sessions: int, micro_batch: int) -> None:
     for load in LOADS:
         runs = compare(load, sessions=sessions, arrivals=arrivals, micro_batch=micro_batch)
         on_time = {name: 1 - run.dmr for name, run in runs.items()}
