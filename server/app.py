@@ -29,7 +29,7 @@ from server.osc import listening
 from server.recording import Recordings
 from server.registry import SessionRegistry
 from server.roles import Role
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.signalling import Signalling
 from server.tls import tls_context

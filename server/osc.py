@@ -105,7 +105,7 @@ class OscListener(asyncio.DatagramProtocol):
             self._apply()
             move = _scene(values)
             for session in self._steering.find(target):
-                session.scenes.move(move)
+                session.controls.scenes.move(move)
             return
         change = _change(name, values)
         for session in self._steering.find(target):
@@ -123,7 +123,7 @@ class OscListener(asyncio.DatagramProtocol):
         pending, self._pending = self._pending, {}
         for session, change in pending.values():
             try:
-                session.restyle(SessionChange.model_validate(change), by="osc")
+                session.controls.restyle(SessionChange.model_validate(change), by="osc")
             except (ControlError, ValidationError) as error:
                 self._refuse("refused", str(error))
 

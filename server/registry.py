@@ -24,7 +24,8 @@ from server.ladder import Ladder, Rung, Signals
 from server.node_name import new_session_id
 from server.peer import answer_offer
 from server.resume import Connect, Kept, ResumeBook, Wish
-from server.session import Outlet, Session, SessionContext
+from server.session import Session
+from server.session_context import Outlet, SessionContext
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,11 @@ class Entry:
         session = self.session
         return {
             "session": session.id,
-            "fps": session.fps,
+            "fps": session.terms.rung.fps,
             "size": f"{size[0]}x{size[1]}",
             "resume": self.token,
             "resumed": self.resumed,
-            "params": shown_params(session.params, session.transition_s),
+            "params": shown_params(session.terms.params, session.terms.transition_s),
             "bypass": session.bypass,
         }
 
@@ -175,7 +176,7 @@ class SessionRegistry:
             session = self._sessions.get(self._tokens.session_of(wish.resume.token) or "")
             if session is not None and await self._rejoin(session, connect):
                 if not keeps:
-                    session.take_over(wish.params, wish.bypass)
+                    session.controls.take_over(wish.params, wish.bypass)
                 self._context.metrics.resumed.labels("running").inc()
                 return self._entry(session, resumed=True)
             found = self._tokens.take(wish.resume.token, self._context.clock())
@@ -378,7 +379,7 @@ class SessionRegistry:
             self._forget(session, reason)
 
     def _forget(self, session: Session, reason: str) -> None:
-        kept = Kept(session.params, session.transition_s, session.bypass)
+        kept = Kept(session.terms.params, session.terms.transition_s, session.bypass)
         self._tokens.end(session.id, kept, self._context.clock())
         self._sessions.pop(session.id, None)
         self._tasks.pop(session.id, None)
@@ -399,7 +400,7 @@ class SessionRegistry:
         return Ladder(context.settings, capacity, steps_max=context.steps_max, wish=wish, now=now)
 
     def _wishes(self) -> tuple[int, ...]:
-        return tuple(session.params.steps for session in self._sessions.values())
+        return tuple(session.terms.params.steps for session in self._sessions.values())
 
     def _sample(self) -> None:
         """Tell the ladder what has become of the frames, and have every session stand where it says."""
@@ -422,8 +423,8 @@ class SessionRegistry:
         reason = self._cap.reason if capped or self._cap.fps != fps else self._ladder.reason
         rung = self.rung
         for session in self._sessions.values():
-            if session.rung != rung:
-                session.set_rung(rung, move.reason if move else reason)
+            if session.terms.rung != rung:
+                session.controls.set_rung(rung, move.reason if move else reason)
 
     def _frames_since(self, now: float) -> tuple[int, int]:
         """Frames due and missed in all sessions since the last call."""

@@ -18,7 +18,8 @@ from server.control import ControlError, RecordingWish, SceneGo, SceneList, Sess
 from server.errors import BadRequest, NotFound
 from server.openapi import document, page
 from server.recording import STOP_TIMEOUT_S
-from server.session import Session, SessionContext
+from server.session import Session
+from server.session_context import SessionContext
 from server.steering import Steering
 from server.stills import answer_still
 
@@ -120,7 +121,7 @@ class Rest:
     async def _patch(self, request: web.Request) -> web.Response:
         session = self._find(request)
         change = await read_json(request, SessionChange)
-        session.restyle(change, by="rest")
+        session.controls.restyle(change, by="rest")
         return self._shown(request)
 
     async def _delete(self, request: web.Request) -> web.Response:
@@ -130,23 +131,23 @@ class Rest:
     # --- its scenes
 
     async def _get_scenes(self, request: web.Request) -> web.Response:
-        scenes = self._find(request).scenes
+        scenes = self._find(request).controls.scenes
         if scenes.list is None:
             raise NotFound("no scene list is loaded; PUT one here", code="no_scenes")
         return web.json_response(scenes.list.model_dump(exclude_none=True) | {"scene": scenes.shown()})
 
     async def _put_scenes(self, request: web.Request) -> web.Response:
         session = self._find(request)
-        session.scenes.load(await read_json(request, SceneList))
+        session.controls.scenes.load(await read_json(request, SceneList))
         return self._shown(request)
 
     async def _delete_scenes(self, request: web.Request) -> web.Response:
-        self._find(request).scenes.clear()
+        self._find(request).controls.scenes.clear()
         return web.Response(status=204)
 
     async def _go(self, request: web.Request) -> web.Response:
         session = self._find(request)
-        session.scenes.move((await read_json(request, SceneGo)).go)
+        session.controls.scenes.move((await read_json(request, SceneGo)).go)
         return self._shown(request)
 
     # --- its pictures
@@ -155,19 +156,19 @@ class Rest:
         return await answer_still(request, self._find(request), self._context.executor)
 
     async def _get_recording(self, request: web.Request) -> web.Response:
-        recording = self._find(request).recording
+        recording = self._find(request).recorder.current
         if recording is None:
             raise NotFound("this session was not recorded; POST here to begin", code="no_recording")
         return web.json_response(recording.shown())
 
     async def _record(self, request: web.Request) -> web.Response:
         session = self._find(request)
-        recording = session.record((await read_json(request, RecordingWish)).what)
+        recording = session.recorder.start((await read_json(request, RecordingWish)).what)
         await asyncio.shield(recording.begun)
         return web.json_response(recording.shown(), status=201)
 
     async def _stop_recording(self, request: web.Request) -> web.Response:
-        recording = self._find(request).stop_recording()
+        recording = self._find(request).recorder.stop()
         # Answered once the files are whole.
         await asyncio.wait([recording.task], timeout=STOP_TIMEOUT_S)
         return web.json_response(recording.shown())

@@ -25,7 +25,7 @@ from server.peer import answer_offer
 from server.registry import SessionRegistry
 from server.rest import Rest
 from server.resume import Wish
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.socket_route import socket_route
 from server.steering import Steering
 from server.turn import LIFETIME_S, ice_servers

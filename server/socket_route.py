@@ -14,7 +14,7 @@ from server.control import encode
 from server.errors import BadRequest, ServerError, problem
 from server.guard import SUBPROTOCOL, claim
 from server.registry import SessionRegistry
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.socket_media import HELLO_TIMEOUT_S, MAX_PICTURE_BYTES, Hello, SocketPeer, open_socket, read_hello
 
 log = logging.getLogger(__name__)

@@ -62,8 +62,8 @@ class Steering:
 
 def _wishes(session: Session) -> dict[str, object]:
     return {
-        "params": shown_params(session.params, session.transition_s),
+        "params": shown_params(session.terms.params, session.terms.transition_s),
         "bypass": session.bypass,
-        "scene": session.scenes.shown(),
+        "scene": session.controls.scenes.shown(),
         "stats": session.stats(),
     }

@@ -53,7 +53,7 @@ async def answer_still(request: web.Request, session: Session, executor: Executo
     if source == "input" and request[GRANT].role < Role.PUBLISH:
         raise Forbidden("the camera's own picture needs a token for publish", code="role")
     kind = wanted_format(request.headers.get(hdrs.ACCEPT, ""))
-    rgb = session.last_output if source == "output" else session.last_input
+    rgb = session.media.last_output if source == "output" else session.media.last_input
     if rgb is None:
         raise NotFound("there is no picture yet; try again in a moment", code="no_picture", retry_after_s=RETRY_S)
     data = await asyncio.get_running_loop().run_in_executor(executor, encoded, rgb, kind)

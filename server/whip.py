@@ -41,7 +41,8 @@ from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
 from server.resume import Link
 from server.sdp_gate import MAX_BYTES, check_offer
-from server.session import Session, SessionContext
+from server.session import Session
+from server.session_context import SessionContext
 from server.turn import ice_servers
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from engine.config import EngineSettings
 from engine.fake import FakeEngine
 from server.app import running_server
 from server.configure import parse_size
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings
 
 LOAD_SCRIPT = Path(sys.executable).with_name("livebrush")

@@ -40,7 +40,7 @@ from server.limits import (
 )
 from server.redaction import RedactingFormatter, RepeatLimit, redact
 from server.roles import Role
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 
 PATIENCE_S = 30.0

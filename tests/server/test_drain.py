@@ -16,7 +16,7 @@ from engine.fake import FakeEngine
 from server.app import running_server
 from server.cli import main
 from server.node_name import NAME_CHARS, node_of
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings
 from tests.server.test_server import PATIENCE_S, Visitor
 from tests.server.test_whip import Client

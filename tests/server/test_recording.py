@@ -38,7 +38,8 @@ from server.guard import GRANT
 from server.recording import MAX_CHUNKS, MAX_PICTURES, Recording, Recordings
 from server.recording_process import Recorder, run
 from server.roles import Role
-from server.session import Session, SessionContext
+from server.session import Session
+from server.session_context import SessionContext
 from server.session_record import SessionRecord, Submitted, TapedStream, header_of, why_not_exact
 from server.session_replay import run_again
 from server.settings import MediaSettings, RecordingSettings, ServerSettings
@@ -200,8 +201,10 @@ async def test_the_channel_records_too_and_the_file_ends_with_the_session(tmp_pa
     async with house(tmp_path) as made:
         ack = await made.live._ask("record", on=True, what=["output"])
         assert ack["type"] == "ack"
-        await until(lambda: made.session.recording is not None and made.session.recording.ready, "the recording")
-        recording = made.session.recording
+        await until(
+            lambda: made.session.recorder.current is not None and made.session.recorder.current.ready, "the recording"
+        )
+        recording = made.session.recorder.current
         assert recording is not None
         await until(lambda: recording.counters["pictures_written"] > 5, "pictures")
         await made.api.session(made.live.answer.session).end()
@@ -271,7 +274,7 @@ async def lives_on(made: House) -> None:
 async def test_a_quota_ends_the_recording_and_no_new_one_begins(tmp_path: Path) -> None:
     async with house(tmp_path, quota_bytes=60_000) as made:
         await made.recording("POST", ["session", "output"])
-        await until(lambda: made.session.recording and made.session.recording.end, "the end")
+        await until(lambda: made.session.recorder.current and made.session.recorder.current.end, "the end")
         ended = await made.recording()
         assert ended["end"] == "quota" and ended["bytes"] >= 60_000
         await lives_on(made)
@@ -285,7 +288,7 @@ async def test_a_quota_ends_the_recording_and_no_new_one_begins(tmp_path: Path) 
 async def test_a_full_disk_ends_the_recording_and_not_the_picture(small_disk: Path) -> None:
     async with house(small_disk) as made:
         await made.recording("POST", ["session", "output"])
-        await until(lambda: made.session.recording and made.session.recording.end, "the end")
+        await until(lambda: made.session.recorder.current and made.session.recorder.current.end, "the end")
         ended = await made.recording()
         assert ended["end"] == "disk_full"
         await lives_on(made)
@@ -299,7 +302,7 @@ async def test_a_full_disk_ends_the_recording_and_not_the_picture(small_disk: Pa
 async def test_a_disk_with_less_than_the_minimum_free_is_left_alone(tmp_path: Path) -> None:
     async with house(tmp_path, min_free_bytes=10**15) as made:
         await made.recording("POST", ["output"])
-        await until(lambda: made.session.recording and made.session.recording.end, "the end")
+        await until(lambda: made.session.recorder.current and made.session.recorder.current.end, "the end")
         assert (await made.recording())["end"] == "disk_full"
         await lives_on(made)
 
@@ -307,7 +310,7 @@ async def test_a_disk_with_less_than_the_minimum_free_is_left_alone(tmp_path: Pa
 async def test_a_killed_process_leaves_files_that_play(tmp_path: Path) -> None:
     async with house(tmp_path) as made:
         await made.recording("POST", ["output", "session"])
-        recording = made.session.recording
+        recording = made.session.recorder.current
         assert recording is not None
         await until(lambda: list(tmp_path.rglob("output.mp4")), "the file")
         (path,) = tmp_path.rglob("output.mp4")

@@ -15,7 +15,7 @@ from engine.fake import FakeEngine
 from server.app import running_server
 from server.control import ParamsChange
 from server.resume import MAX_KEPT, MAX_TOKENS, RESUME_S, Kept, ResumeBook
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import MediaSettings, ServerSettings
 from tests.server.test_server import Visitor
 

@@ -21,7 +21,7 @@ from engine.api import StreamParams, Understood
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from server.app import running_server
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings
 
 PATIENCE_S = 30.0

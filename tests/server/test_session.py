@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.api import Capacity, Engine, RenderedChunk, StreamCounters, StreamParams
+from server.chunk_book import MAX_SOURCES
 from server.ladder import Rung
 from server.metrics import ServerMetrics
 from server.pacer import MIN_ROOM
 from server.peer import Peer
-from server.session import MAX_SOURCES, Session, SessionContext, rung_name
+from server.session import Session
+from server.session_context import SessionContext
+from server.session_terms import rung_name
 from server.settings import ServerSettings
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -104,7 +107,7 @@ async def clock() -> Clock:
 @pytest.fixture
 async def session(clock: Clock) -> Session:
     made = make_session(clock)
-    made.peer = ScriptedPeer()  # type: ignore[assignment]
+    made.page.peer = ScriptedPeer()  # type: ignore[assignment]
     return made
 
 
@@ -115,7 +118,7 @@ def said_by(session: Session) -> ScriptedPeer:
 
 def open_stream(session: Session) -> ScriptedStream:
     stream = ScriptedStream()
-    session._open(stream)
+    session.media.open(stream)
     return stream
 
 
@@ -123,13 +126,13 @@ def feed(session: Session, clock: Clock, count: int, first: int = 0) -> None:
     for index in range(first, first + count):
         clock.now += 1 / 24
         session.metrics.on_arrival(clock.now, index, clock.now, admitted=True)
-        session._take(PICTURE, index, clock.now)
+        session.media.take(PICTURE, index, clock.now)
 
 
 def play_out(session: Session, clock: Clock) -> None:
-    while session._pacer.due_at() is not None:
+    while session.media._pacer.due_at() is not None:
         clock.now += 1 / 24
-        session._release(said_by(session), session._pacer.pop(clock.now))  # type: ignore[arg-type]
+        session.media.release(session.media._pacer.pop(clock.now))
 
 
 # --- the rung
@@ -137,8 +140,8 @@ def play_out(session: Session, clock: Clock) -> None:
 
 async def test_a_lower_rung_limits_the_engine_and_keeps_the_wish(session: Session) -> None:
     stream = open_stream(session)
-    session.set_rung(Rung(1, small=True, fps=12), "the engine needs 340 ms a chunk")
-    assert session.params.steps == 2 and not session.params.small and session.fps == 12
+    session.controls.set_rung(Rung(1, small=True, fps=12), "the engine needs 340 ms a chunk")
+    assert session.terms.params.steps == 2 and not session.terms.params.small and session.terms.rung.fps == 12
     assert [(p.steps, p.small, p.prompt) for p in stream.updates] == [(1, True, "neon")]
     (notice,) = said_by(session).notices("rung_changed")
     assert (notice["direction"], notice["steps"], notice["small"], notice["fps"], notice["camera"]) == (
@@ -149,7 +152,7 @@ async def test_a_lower_rung_limits_the_engine_and_keeps_the_wish(session: Sessio
     for words in ("1 instead of 2 steps", "smaller", "12 instead of 24 frames"):
         assert words in notice["message"]
     assert not said_by(session).notices("rate_changed")
-    session.set_rung(FULL, "there is room again")
+    session.controls.set_rung(FULL, "there is room again")
     assert [(p.steps, p.small) for p in stream.updates] == [(1, True), (2, False)]
     assert said_by(session).notices("rung_changed")[-1]["direction"] == "up"
     assert session.metrics.rung_moves == {"down": 1, "up": 1}
@@ -157,21 +160,21 @@ async def test_a_lower_rung_limits_the_engine_and_keeps_the_wish(session: Sessio
 
 async def test_a_rung_that_changes_nothing_for_this_wish_is_not_told(session: Session) -> None:
     stream = open_stream(session)
-    session.set_rung(Rung(2, small=False, fps=24), "the engine is slow")
+    session.controls.set_rung(Rung(2, small=False, fps=24), "the engine is slow")
     assert stream.updates == [] and said_by(session).said == [] and not session.metrics.rung_moves
 
 
 async def test_a_rung_set_before_the_page_is_there_is_told_when_it_is(session: Session) -> None:
-    peer, session.peer = session.peer, None
-    session.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
-    session.peer = peer
-    session._tell_rung()
+    peer, session.page.peer = session.peer, None
+    session.controls.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
+    session.page.peer = peer
+    session.controls.tell_rung()
     assert [n["steps"] for n in said_by(session).notices("rung_changed")] == [1]
 
 
 async def test_an_ack_tells_the_wish_and_what_is_in_force(session: Session) -> None:
-    session.set_rung(Rung(1, small=False, fps=15), "the engine is slow")
-    session._request_ack(5, None)
+    session.controls.set_rung(Rung(1, small=False, fps=15), "the engine is slow")
+    session.page.request_ack(5, None)
     ack = said_by(session).said[-1]
     assert ack["params"]["steps"] == 2 and "small" not in ack["params"]
     assert ack["in_force"] == {"steps": 1, "small": False, "light": False, "fps": 15, "camera": False}
@@ -182,25 +185,25 @@ async def test_on_the_camera_rung_the_camera_moves_and_the_picture_fades_back_in
 ) -> None:
     stream = open_stream(session)
     feed(session, clock, 1)
-    session._on_rendered(stream, stream.rendered(0))
+    session.media.on_rendered(stream, stream.rendered(0))
     play_out(session, clock)
     feed(session, clock, 6, first=1)
-    session.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
+    session.controls.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
     submitted = len(stream.submitted)
-    session._on_rendered(stream, stream.rendered(1))  # comes back too late: it is not shown
+    session.media.on_rendered(stream, stream.rendered(1))  # comes back too late: it is not shown
     feed(session, clock, 8, first=7)
     play_out(session, clock)
     assert len(stream.submitted) == submitted
     shown = said_by(session).shown
     assert [frame.kind for frame in shown[1:]] == [0] * (len(shown) - 1) and shown[-1].index == 14
-    session.set_rung(FULL, "there is room again")
+    session.controls.set_rung(FULL, "there is room again")
     feed(session, clock, 4, first=15)
     play_out(session, clock)
     assert shown[-1].index == 18 and shown[-1].kind == 0  # the camera until the restyled picture is there
     assert [chunk.index for chunk in stream.submitted] == [0, 1, 2]
-    session._on_rendered(stream, stream.rendered(2))
+    session.media.on_rendered(stream, stream.rendered(2))
     play_out(session, clock)
-    assert shown[-1].kind == 1 and str(session._presenter.view) == "fading"
+    assert shown[-1].kind == 1 and str(session.media.presenter.view) == "fading"
 
 
 def test_a_rung_has_a_name_of_few_kinds() -> None:
@@ -217,13 +220,13 @@ async def test_a_lost_chunk_has_the_reason_that_the_engine_gives(session: Sessio
     stream = open_stream(session)
     feed(session, clock, 13)
     stream.counters.drop("late", 4)
-    session._count_engine_drops(stream)
+    session.media._chunks.count(stream)
     assert session.metrics.engine_missed == 4 and not session.metrics.dropped  # known, but not yet which
-    session._on_rendered(stream, stream.rendered(0))
-    session._on_rendered(stream, stream.rendered(2))
+    session.media.on_rendered(stream, stream.rendered(0))
+    session.media.on_rendered(stream, stream.rendered(2))
     assert session.metrics.dropped == {"engine_late": 4}
     play_out(session, clock)
-    session._on_rendered(stream, stream.rendered(3))
+    session.media.on_rendered(stream, stream.rendered(3))
     play_out(session, clock)
     ledger = session.metrics.ledger
     assert (ledger.due, ledger.on_time + ledger.late, ledger.inside) == (13, 9, 0)
@@ -234,18 +237,18 @@ async def test_a_broken_stream_loses_what_was_inside_and_the_camera_in_its_place
 ) -> None:
     stream = open_stream(session)
     feed(session, clock, 1)
-    session._on_rendered(stream, stream.rendered(0))
+    session.media.on_rendered(stream, stream.rendered(0))
     play_out(session, clock)
     feed(session, clock, 6, first=1)
-    session._lose_all()
-    session._close_stream()
+    session.media.lose_all()
+    session.media.close()
     assert session.metrics.dropped == {"engine_lost": 6}
     feed(session, clock, 3, first=7)
     play_out(session, clock)
     stream = open_stream(session)
     feed(session, clock, 1, first=10)  # shown as the camera, and submitted: its loss is none
     play_out(session, clock)
-    session._lose_all()
+    session.media.lose_all()
     ledger = session.metrics.ledger
     assert (ledger.on_time, ledger.dropped.total(), ledger.inside) == (5, 6, 0)
 
@@ -257,11 +260,11 @@ async def test_the_end_is_summed_up_in_the_log_and_for_a_page_that_is_still_ther
     stream = open_stream(session)
     feed(session, clock, 5)
     for place in range(2):
-        session._on_rendered(stream, stream.rendered(place))
+        session.media.on_rendered(stream, stream.rendered(place))
     play_out(session, clock)
     peer = said_by(session)
     peer.unsent = [(4, "encoder_behind")]
-    session.set_rung(Rung(1, small=False, fps=12), "the engine is slow")
+    session.controls.set_rung(Rung(1, small=False, fps=12), "the engine is slow")
     with caplog.at_level("INFO"):
         await session._sum_up(cast(Peer, peer), reason)
     summary = json.loads(caplog.messages[-1].partition("summary ")[2])
@@ -282,7 +285,7 @@ async def test_figures_tell_the_rung_and_that_it_limits(session: Session, clock:
         stats["rung"] == {"steps": 2, "small": False, "light": False, "fps": 24, "camera": False}
         and stats["limited_by"] == "none"
     )
-    session.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
+    session.controls.set_rung(Rung(1, small=False, fps=24), "the engine is slow")
     assert session.stats()["limited_by"] == "cpu"
 
 
@@ -301,7 +304,7 @@ def test_whatever_happens_every_due_frame_is_in_one_place(script: list[tuple[str
     async def run() -> None:
         clock = Clock()
         session = make_session(clock)
-        session.peer = peer = ScriptedPeer()  # type: ignore[assignment]
+        session.page.peer = peer = ScriptedPeer()  # type: ignore[assignment]
         stream, fed, due_back = open_stream(session), 0, 0
         for kind, number in script:
             match kind:
@@ -309,26 +312,26 @@ def test_whatever_happens_every_due_frame_is_in_one_place(script: list[tuple[str
                     feed(session, clock, number, first=fed)
                     fed += number
                 case "render" if due_back + number < len(stream.submitted):
-                    session._on_rendered(stream, stream.rendered(due_back + number))
+                    session.media.on_rendered(stream, stream.rendered(due_back + number))
                     due_back += number + 1
                 case "engine_drop":
                     stream.counters.drop("late", 4)
-                    session._count_engine_drops(stream)
+                    session.media._chunks.count(stream)
                 case "play":
                     for _ in range(number):
-                        if session._pacer.due_at() is not None:
+                        if session.media._pacer.due_at() is not None:
                             clock.now += 0.04
-                            session._release(peer, session._pacer.pop(clock.now))  # type: ignore[arg-type]
+                            session.media.release(session.media._pacer.pop(clock.now))
                 case "unsent" if peer.shown:
                     session.metrics.on_unsent(clock.now, "encoder_behind", peer.shown[-1].index)
                 case "lose":
-                    session._lose_all()
-                    session._close_stream()
+                    session.media.lose_all()
+                    session.media.close()
                     stream, due_back = open_stream(session), 0
                 case "camera":
-                    session.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
+                    session.controls.set_rung(Rung(1, small=False, fps=24, camera=True), "the engine is far too slow")
                 case "back":
-                    session.set_rung(FULL, "there is room again")
+                    session.controls.set_rung(FULL, "there is room again")
             ledger = session.metrics.ledger
             assert ledger.due == fed == ledger.on_time + ledger.late + ledger.dropped.total() + ledger.inside
             # Chunks in the engine, one that fills, and what waits for its release: nothing else is inside.

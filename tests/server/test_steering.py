@@ -33,7 +33,7 @@ from server.metrics import ServerMetrics
 from server.openapi import document
 from server.osc import MAX_DATAGRAM_BYTES, OscError, OscListener, listening, load_parser
 from server.registry import SessionRegistry
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import ServerSettings
 from server.signalling import Signalling
 from server.steering import Steering

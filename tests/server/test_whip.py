@@ -31,7 +31,7 @@ from server.app import running_server
 from server.broadcast import MAX_HELD, Encoded, Lane, Subscription
 from server.errors import ServerError
 from server.frames import OutgoingFrame
-from server.session import SessionContext
+from server.session_context import SessionContext
 from server.settings import MediaSettings, ServerSettings, TokenSettings
 from server.whip import check_codecs, parse_fragment
 
