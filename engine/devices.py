@@ -14,8 +14,9 @@ is the data sheet's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import exp, log
 from typing import Any, Literal
 
@@ -37,6 +38,9 @@ Z95 = 1.645
 ENCODE_SHARE = 0.4
 
 Vae = Literal["full", "light"]
+# Whether at the smaller size, and whether by the light VAE: what the ladder changes of a pass beside its steps.
+Setting = tuple[bool, bool]
+AS_WISHED: Setting = (False, False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class ChunkCosts:
 
     encode_s, decode_s: of one latent frame. blocks: of the transformer. pass_s, row_s: of one block, for a forward and
     for each row in it, with a full window. fixed_s: once a pass. hop_s: between ranks. noise: spread of the times, the
-    standard deviation of their logarithm; 0.03 is an assumption.
+    standard deviation of their logarithm; 0.03 is an assumption. others: the same device's at other settings, where it
+    can change to them while it serves.
     """
 
     encode_s: float
@@ -78,11 +83,17 @@ class ChunkCosts:
     fixed_s: float = 0.0
     hop_s: float = 0.0
     noise: float = 0.03
+    others: Mapping[Setting, ChunkCosts] = field(default_factory=dict)
+
+    def at(self, *, small: bool, light: bool) -> ChunkCosts:
+        """At a smaller size or by a light VAE; as they are where there is none."""
+        return self.others.get((small, light), self)
 
     def mean_s(self, work: Work) -> float:
         """See `engine.cost_model.Costs`."""
-        coded = self.fixed_s + work.latents * (self.encode_s + self.decode_s)
-        return coded + self.blocks * (work.forwards * self.pass_s + work.rows * self.row_s)
+        costs = self.at(small=work.small, light=work.light)
+        coded = costs.fixed_s + work.latents * (costs.encode_s + costs.decode_s)
+        return coded + costs.blocks * (work.forwards * costs.pass_s + work.rows * costs.row_s)
 
     def upper_s(self, work: Work) -> float:
         """See `engine.cost_model.Costs`: the 95 % point."""
@@ -90,18 +101,31 @@ class ChunkCosts:
 
     def with_graphs(self) -> ChunkCosts:
         """The same with passes captured as graphs."""
-        return replace(self, pass_s=self.pass_s * GRAPH_SHARE)
+        return self._changed(lambda costs: replace(costs, pass_s=costs.pass_s * GRAPH_SHARE))
 
     def times(self, factor: float) -> ChunkCosts:
         """Of a device that takes so many times as long for all but hops."""
-        return replace(
-            self,
-            encode_s=self.encode_s * factor,
-            decode_s=self.decode_s * factor,
-            pass_s=self.pass_s * factor,
-            row_s=self.row_s * factor,
-            fixed_s=self.fixed_s * factor,
+        return self._changed(
+            lambda costs: replace(
+                costs,
+                encode_s=costs.encode_s * factor,
+                decode_s=costs.decode_s * factor,
+                pass_s=costs.pass_s * factor,
+                row_s=costs.row_s * factor,
+                fixed_s=costs.fixed_s * factor,
+            )
         )
+
+    def _changed(self, change: Callable[[ChunkCosts], ChunkCosts]) -> ChunkCosts:
+        others = {setting: change(costs) for setting, costs in self.others.items()}
+        return replace(change(self), others=others)
+
+
+def with_settings(cost_at: Callable[[Setting], ChunkCosts], *, has_small: bool, has_light: bool) -> ChunkCosts:
+    """Costs as wished, with those of the other settings that there are."""
+    settings = [(small, light) for small in (False, True)[: 1 + has_small] for light in (False, True)[: 1 + has_light]]
+    others = {setting: cost_at(setting) for setting in settings if setting != AS_WISHED}
+    return replace(cost_at(AS_WISHED), others=others)
 
 
 def _gpu(name: str, title: str, tflops: float, tbytes: float, gigabytes: int, link: str, base: Device) -> Device:
@@ -229,7 +253,9 @@ def cpu_costs(width: int, height: int) -> ChunkCosts:
     return replace(costs, encode_s=costs.encode_s * share, decode_s=costs.decode_s * share, row_s=costs.row_s * share)
 
 
-def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
+def measured_costs(
+    profile: Mapping[str, Any], *, window: int, has_small: bool = False, has_light: bool = False
+) -> ChunkCosts:
     """Costs from a measured profile: a `CostModel.snapshot()`, or an object with `costs` as in `Capacity.costs` or
     in doctor's figures.
 
@@ -237,27 +263,44 @@ def measured_costs(profile: Mapping[str, Any], *, window: int) -> ChunkCosts:
 
     Args:
         window: latent frames in the model's cache.
+        has_small, has_light: whether there are a smaller size and a light VAE to change to. A snapshot does not tell;
+            of a list those are taken that are in it, too.
     Raises: ValueError naming what is missing.
     """
     if "coefficients_s" in profile:
         model = CostModel.from_snapshot(profile)
-        fixed, forward, latent, row, cached = model.coefficients_s[:5]
-        noise = log(model.factor) / Z95
-        return ChunkCosts(
-            ENCODE_SHARE * latent, (1 - ENCODE_SHARE) * latent, 1, forward, row + window * cached, fixed, noise=noise
-        )
+        return with_settings(partial(_learned, model, window), has_small=has_small, has_light=has_light)
+    known: dict[Setting, list[tuple[int, float, float]]] = {AS_WISHED: []}
     try:
-        known = sorted(
-            (int(cost["steps"]), _seconds(cost, "mean"), _seconds(cost, "upper"))
-            for cost in profile["costs"]
-            if not cost.get("small", False) and not cost.get("light", False)
-        )
-        if not known or not all(steps >= 1 and 0 < mean_s <= upper_s for steps, mean_s, upper_s in known):
+        for cost in profile["costs"]:
+            setting = bool(cost.get("small", False)), bool(cost.get("light", False))
+            entry = int(cost["steps"]), _seconds(cost, "mean"), _seconds(cost, "upper")
+            known.setdefault(setting, []).append(entry)
+        entries = [entry for listed in known.values() for entry in listed]
+        if not known[AS_WISHED] or not all(steps >= 1 and 0 < mean_s <= upper_s for steps, mean_s, upper_s in entries):
             raise ValueError("steps must be 1 or more, and 0 < mean_s <= upper_s")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"no profile: expected a cost model's snapshot, or costs of steps in mean_s or mean_ms, upper ({error!r})"
         ) from error
+    each = {setting: _listed(sorted(listed)) for setting, listed in known.items()}
+    return replace(each.pop(AS_WISHED), others=each)
+
+
+def _learned(model: CostModel, window: int, setting: Setting) -> ChunkCosts:
+    """What a cost model says of chunks at a setting."""
+
+    def cost_s(latents: int, forwards: int, rows: int, context: int) -> float:
+        return model.mean_s(Work(latents, forwards, rows, context, *setting))
+
+    fixed_s = cost_s(0, 0, 0, 0)
+    latent_s, forward_s = cost_s(1, 0, 0, 0) - fixed_s, cost_s(0, 1, 0, 0) - fixed_s
+    row_s, noise = cost_s(0, 0, 1, window) - fixed_s, log(model.factor) / Z95
+    return ChunkCosts(ENCODE_SHARE * latent_s, (1 - ENCODE_SHARE) * latent_s, 1, forward_s, row_s, fixed_s, noise=noise)
+
+
+def _listed(known: Sequence[tuple[int, float, float]]) -> ChunkCosts:
+    """Of a list of (steps, mean, upper), the fewest first."""
     (few, few_s, upper_s), (many, many_s, _) = known[0], known[-1]
     step_s = (many_s - few_s) / (many - few) if many > few else few_s / few
     step_s = min(max(step_s, 0.0), few_s / few)

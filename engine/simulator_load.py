@@ -9,7 +9,7 @@ from math import ceil, exp
 from typing import Literal
 
 CHUNK_FRAMES = 4
-# Frames captured before are shown but not judged: a stream's first chunk may be twice as long.
+# A stream's first chunk may be twice as long.
 WARM_UP_S = 2.0
 MAX_SESSIONS = 512
 
@@ -24,6 +24,7 @@ class Workload:
     arrivals: whether the cameras' chunks are spread evenly, or the sessions come at random instants of the first
     second and lie as they fall. jitter_s: the most by which a frame arrives late. saturated: a chunk of every session
     always waits, and nothing is ever late: how much can be rendered at all. first_frames: of a stream's first chunk.
+    warm_up_s: frames captured before are shown but not judged.
     """
 
     sessions: int = 1
@@ -35,6 +36,7 @@ class Workload:
     saturated: bool = False
     first_frames: int = 5
     seed: int = 0
+    warm_up_s: float = WARM_UP_S
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of bounds."""
@@ -44,8 +46,8 @@ class Workload:
             raise ValueError(f"fps must be 1 to 240, not {self.fps}")
         if not 0.01 <= self.budget_s <= 60:
             raise ValueError(f"budget must be 0.01 to 60 s, not {self.budget_s}")
-        if not WARM_UP_S < self.seconds <= 3600:
-            raise ValueError(f"seconds must be above {WARM_UP_S} and at most 3600, not {self.seconds}")
+        if not self.warm_up_s < self.seconds <= 3600:
+            raise ValueError(f"seconds must be above {self.warm_up_s:g} and at most 3600, not {self.seconds}")
 
     @property
     def period_s(self) -> float:
@@ -63,17 +65,36 @@ class Chunk:
     latents: int
 
 
-def chunks_of(workload: Workload, session: int, start: float, noise: random.Random) -> Iterator[tuple[float, Chunk]]:
-    """When each chunk of a camera is complete, and the chunk."""
-    index, frame = 0, 0
-    while True:
-        count = workload.first_frames if index == 0 else CHUNK_FRAMES
-        captured = tuple(start + (frame + i) / workload.fps for i in range(count))
-        if captured[0] >= workload.seconds:
-            return
-        chunk = Chunk(session, index, captured, ceil(count / CHUNK_FRAMES))
-        yield max(at + noise.uniform(0, workload.jitter_s) for at in captured), chunk
-        index, frame = index + 1, frame + count
+class Camera:
+    """One session's camera: when each of its chunks is complete, and the chunk.
+
+    fps: may be changed, which counts from the next chunk on.
+    """
+
+    def __init__(self, workload: Workload, session: int, start: float, noise: random.Random) -> None:
+        self.fps = workload.fps
+        self._workload, self._session, self._noise = workload, session, noise
+        self._next_at, self._index, self._frames = start, 0, 0
+        self._last: tuple[float, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[float, Chunk]]:
+        return self
+
+    def __next__(self) -> tuple[float, Chunk]:
+        """The next chunk."""
+        workload = self._workload
+        if self._next_at >= workload.seconds:
+            raise StopIteration
+        count = CHUNK_FRAMES if self._index else workload.first_frames
+        captured = tuple(self._next_at + i / self.fps for i in range(count))
+        chunk = Chunk(self._session, self._index, captured, ceil(count / CHUNK_FRAMES))
+        self._frames += len(self._last)
+        self._last, self._next_at, self._index = captured, captured[-1] + 1 / self.fps, self._index + 1
+        return max(at + self._noise.uniform(0, workload.jitter_s) for at in captured), chunk
+
+    def captured_by(self, now: float) -> int:
+        """Frames captured until now."""
+        return self._frames + sum(at <= now for at in self._last)
 
 
 def starts_of(workload: Workload, noise: random.Random) -> list[float]:

@@ -10,7 +10,7 @@ from math import ceil
 
 from engine.cost_model import Work
 from engine.devices import ChunkCosts
-from engine.simulator_load import Chunk, Workload, backlog, chunks_of, starts_of, stretch
+from engine.simulator_load import Camera, Chunk, Workload, backlog, starts_of, stretch
 from engine.simulator_outcome import Book, Outcome, bottleneck_words
 from engine.simulator_ranks import RankShare, split
 
@@ -56,7 +56,7 @@ def simulate_published(costs: Sequence[ChunkCosts], steps: int, workload: Worklo
         source = backlog(workload, ceil(workload.seconds / period_s) + 4)
     else:
         starts = starts_of(workload, noise)
-        streams = [list(chunks_of(workload, session, start, noise)) for session, start in enumerate(starts)]
+        streams = [list(Camera(workload, session, start, noise)) for session, start in enumerate(starts)]
         source = sorted((entry for stream in streams for entry in stream), key=lambda entry: entry[0])
     phase = noise.uniform(0, POLL_S)
     for tick, (complete, chunk) in enumerate(source):
@@ -64,7 +64,7 @@ def simulate_published(costs: Sequence[ChunkCosts], steps: int, workload: Worklo
         closed = ends[tick - ranks] if tick >= ranks else 0.0
         begin = max(seen, free[0], closed)
         captured = (begin,) * len(chunk.captured) if workload.saturated else chunk.captured
-        book.came(chunk, captured)
+        book.came(chunk.session, captured)
         taken.append((chunk, captured))
         if tick == 0:
             work = Work(chunk.latents, steps, steps * chunk.latents)
@@ -83,7 +83,8 @@ def simulate_published(costs: Sequence[ChunkCosts], steps: int, workload: Worklo
         if tick == 0 or emitted > 0:
             shown, when = taken[emitted]
             host_s = 0.0 if workload.saturated else HOST_S * stretch(noise, HOST_SPREAD)
-            book.done(shown, when, at + host_s)
+            for captured_at in when:
+                book.shown(shown.session, captured_at, at + host_s)
     used = [min(busy / workload.seconds, 1.0) for busy in busy_s]
     slowest = rank_s.index(max(rank_s))
     words = bottleneck_words(ring[slowest].parts_s(steps, batched=batched), slowest, used[slowest], workload)

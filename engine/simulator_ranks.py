@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 from engine.cost_model import Work
@@ -35,9 +35,14 @@ class RankShare:
         """All of it."""
         return sum(self.parts_s(steps, batched=batched).values())
 
+    def at(self, *, small: bool, light: bool) -> RankShare:
+        """The same share at a smaller size or by a light VAE, where there are these."""
+        costs = self.costs.at(small=small, light=light)
+        return self if costs is self.costs else replace(self, costs=costs)
+
     def pass_s(self, work: Work) -> float:
         """The rank's part of a pass that it has for itself."""
-        costs = self.costs
+        costs = self.costs.at(small=work.small, light=work.light)
         coded = self.encode * costs.encode_s + self.decode * costs.decode_s
         through = self.blocks * (work.forwards * costs.pass_s + work.rows * costs.row_s)
         return costs.fixed_s + work.latents * coded + through
@@ -129,7 +134,9 @@ def split(
         middle = (low + high) / 2
         low, high = (low, middle) if fill(middle) else (middle, high)
     return tuple(
-        RankShare(each, e / encoder, b, d / decoder) for each, (e, b, d) in zip(costs, fill(high) or [], strict=True)
+        # A ring changes neither size nor VAE.
+        RankShare(replace(each, others={}), e / encoder, b, d / decoder)
+        for each, (e, b, d) in zip(costs, fill(high) or [], strict=True)
     )
 
 

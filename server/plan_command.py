@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
+
+from server.plan_setup import Setup, model_of, setup_of
 
 if TYPE_CHECKING:
-    from engine.devices import ChunkCosts
     from engine.simulator_load import Workload
-    from engine.simulator_outcome import Outcome
+    from engine.simulator_outcome import Outcome, SessionOutcome
 
 NOTE = (
     "A prediction by simulation. GPU figures rest on the published tables of StreamDiffusionV2 (H100, RTX 4090) and "
     "are scaled by data sheet for other cards. The engine does cut the VAE over devices; what "
     "that gains was never measured on GPUs. See docs/scheduler.md and docs/scale.md."
 )
-SIZE_STEP, MIN_SIDE, MAX_SIDE = 16, 64, 2048
-FITTED_SIZES = ((832, 480), (512, 512))
-# Of a device's memory, what is left to the driver and to fragments.
-MEMORY_SPARED = 0.1
 SATURATED_S = 60.0
-MIN_SLOWER, MAX_SLOWER = 0.1, 100.0
-MAX_MICRO_BATCH = 16
+# In the table; the JSON has all.
+MOVES_SHOWN, SESSIONS_SHOWN = 6, 8
 
 
 def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
@@ -41,7 +37,12 @@ def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--model", help="wan2.1-1.3b, wan2.1-14b or livebrush-tiny (default: by device)")
     parser.add_argument("--size", metavar="WxH", help="in pixels (default: the model's own)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default: the model's own)")
-    parser.add_argument("--vae", choices=("full", "light"), default="full", help="of a Wan model")
+    parser.add_argument(
+        "--vae",
+        choices=("auto", "full", "light"),
+        default="auto",
+        help="of a Wan model; auto: its own, and the light one for when that is too slow (default)",
+    )
     parser.add_argument("--micro-batch", type=int, default=1, help="sessions one pass may take together (default: 1)")
     parser.add_argument("--sessions", type=int, help="cameras (default: one, and how many would be held)")
     parser.add_argument("--fps", type=float, default=16.0, help="of each camera (default: 16)")
@@ -60,53 +61,12 @@ def add_plan_parser(commands: argparse._SubParsersAction[Any]) -> None:
         metavar="TIMES",
         help="what a chunk takes over what is known: 1.5 for cpu beside a browser on its cores (126 against 85 ms)",
     )
+    parser.add_argument(
+        "--no-ladder", action="store_true", help="the engine alone: every session keeps its wish, whatever it misses"
+    )
     parser.add_argument("--as-published", action="store_true", help="the public implementation of StreamDiffusionV2")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="misses and frames a second over sessions")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is asked about. costs: of each device, as the chosen system runs the model. fits: `arrange`'s."""
-
-    devices: tuple[str, ...]
-    model: str
-    width: int
-    height: int
-    steps: int
-    vae: Literal["full", "light"]
-    as_published: bool
-    micro_batch: int
-    costs: tuple[ChunkCosts, ...]
-    fits: Callable[[int], int] | None
-    basis: str
-
-    def run(self, workload: Workload) -> Outcome:
-        """Simulate. Raises ValueError, if the model does not fit into memory."""
-        from engine.simulator import simulate
-        from engine.simulator_published import simulate_published
-        from engine.simulator_ranks import arrange
-
-        if self.as_published:
-            return simulate_published(self.costs, self.steps, workload)
-        groups = arrange(self.costs, self.steps, workload, self.fits)
-        return simulate(groups, self.steps, workload, micro_batch=self.micro_batch)
-
-    def groups(self, workload: Workload) -> list[int]:
-        """Devices of each copy of the model."""
-        from engine.simulator_ranks import arrange
-
-        if self.as_published:
-            return [len(self.costs)]
-        return [len(group) for group in arrange(self.costs, self.steps, workload, self.fits)]
-
-    def most_sessions(self, workload: Workload) -> int:
-        """That fit into memory."""
-        from engine.simulator_load import MAX_SESSIONS
-
-        if self.fits is None or self.as_published:
-            return MAX_SESSIONS
-        return min(MAX_SESSIONS, sum(self.fits(size) for size in self.groups(workload)))
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -114,7 +74,7 @@ def plan(options: argparse.Namespace) -> int:
     try:
         if options.plot is not None:
             _check_plot(options.plot)
-        setup, workload = _setup(options), _workload(options)
+        setup, workload = setup_of(options), _workload(options)
         result = predict(setup, workload, find_held=options.sessions is None)
         if options.plot is not None:
             options.plot.write_text(plot(setup, workload, result["sessions_held"] or options.sessions or 1))
@@ -136,104 +96,8 @@ def _workload(options: argparse.Namespace) -> Workload:
         options.budget,
         options.seconds,
         options.arrivals,
-        first_frames=1 if _model(options) == "livebrush-tiny" else 5,
+        first_frames=1 if model_of(options) == "livebrush-tiny" else 5,
     )
-
-
-def _model(options: argparse.Namespace) -> str:
-    from engine.devices import CPU_MODEL, parse_devices
-    from engine.wan.presets import PRESETS
-
-    cpu = "cpu" in parse_devices(options.devices)
-    model = options.model or (CPU_MODEL if cpu else "wan2.1-1.3b")
-    if model not in PRESETS:
-        raise ValueError(f"model {model!r} is not known; known are {', '.join(PRESETS)}")
-    if options.profile is None and cpu != (model == CPU_MODEL):
-        raise ValueError(
-            f"no times of {model} on {options.devices} are known: plan {CPU_MODEL} on cpu, a Wan model on GPUs, or "
-            "give measured costs by --profile"
-        )
-    return str(model)
-
-
-def _setup(options: argparse.Namespace) -> Setup:
-    from engine.config import MAX_STEPS, WAN_SERVING
-    from engine.devices import CPU_MODEL, DEVICES, cpu_costs, measured_costs, parse_devices, wan_costs
-    from engine.wan.presets import PRESETS
-
-    devices, model = parse_devices(options.devices), _model(options)
-    width, height = _size(options.size) if options.size else (256, 256) if model == CPU_MODEL else WAN_SERVING.sizes[0]
-    steps = (1 if model == CPU_MODEL else WAN_SERVING.steps) if options.steps is None else options.steps
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps must be 1 to {MAX_STEPS}, not {steps}")
-    if not 1 <= options.micro_batch <= MAX_MICRO_BATCH:
-        raise ValueError(f"micro-batch must be 1 to {MAX_MICRO_BATCH}, not {options.micro_batch}")
-    vae = cast(Literal["full", "light"], options.vae)
-    if options.as_published and (options.profile is not None or model == CPU_MODEL or vae == "light"):
-        raise ValueError("--as-published is known for Wan models with their own VAE on GPUs, and without --profile")
-    costs: Sequence[ChunkCosts]
-    if options.profile is not None:
-        profile = measured_costs(_profile(options.profile), window=PRESETS[model].window_frames)
-        costs, basis = [profile] * len(devices), f"measured: {options.profile.name}"
-    elif model == CPU_MODEL:
-        costs, basis = [cpu_costs(width, height)] * len(devices), "measured on one core of the developers' machine"
-    else:
-        costs = [wan_costs(DEVICES[name], model, width, height, vae=vae) for name in devices]
-        if not options.as_published:
-            costs = [each.with_graphs() for each in costs]
-        basis = "; ".join(f"{name}: {DEVICES[name].basis}" for name in dict.fromkeys(devices))
-        if (width, height) not in FITTED_SIZES:
-            basis += f"; no figures are published for {width}x{height}"
-    if not MIN_SLOWER <= options.slower <= MAX_SLOWER:
-        raise ValueError(f"slower must be {MIN_SLOWER} to {MAX_SLOWER:g}, not {options.slower}")
-    if options.slower != 1:
-        costs, basis = [each.times(options.slower) for each in costs], f"{options.slower:g} times: {basis}"
-    fits = None
-    if options.profile is None and model != CPU_MODEL:
-        fits = _memory(model, width, height, vae, min(DEVICES[name].memory_bytes for name in devices))
-        if options.as_published and fits(1) < 1:
-            raise ValueError(
-                f"{model} at {width}x{height} does not fit into one of these devices, as each must hold it"
-            )
-    return Setup(
-        devices, model, width, height, steps, vae, options.as_published, options.micro_batch, tuple(costs), fits, basis
-    )
-
-
-def _memory(
-    model: str, width: int, height: int, vae: Literal["full", "light"], device_bytes: int
-) -> Callable[[int], int]:
-    from engine.memory import Demand, known_shape, needed
-
-    parts = needed(known_shape(model), Demand(width, height, vae=vae)).parts
-    shared = sum(part.size_bytes for part in parts if part.kind != "stream")
-    stream = sum(part.size_bytes for part in parts if part.kind == "stream")
-    return lambda devices: int(max((1 - MEMORY_SPARED) * device_bytes * devices - shared, 0) // stream)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
-    if match:
-        width, height = int(match[1]), int(match[2])
-        if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in (width, height)):
-            return width, height
-    raise ValueError(
-        f"size {text!r} must be WIDTHxHEIGHT, each a multiple of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}; "
-        "figures are published for 832x480 and 512x512"
-    )
-
-
-def _profile(path: Path) -> dict[str, Any]:
-    """A cost model's snapshot or a list of costs, at the top of the file or below `measured` (doctor)."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if isinstance(found, dict) and "measured" in found:
-        found = found["measured"]
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object of measured costs; doctor --json writes one where the engine ran")
-    return found
 
 
 def _check_plot(path: Path) -> None:
@@ -246,19 +110,21 @@ def predict(setup: Setup, workload: Workload, *, find_held: bool) -> dict[str, A
     each session's mean.
 
     Args:
-        find_held: look for the most sessions that are held; else `sessions_held` tells whether those given are.
+        find_held: look for the most sessions that are held at their wish; else `sessions_held` tells whether those
+            given are, on the rung that they stand on.
     Raises: ValueError, if the model does not fit into memory.
     """
     from engine.simulator import MISSES_HELD, sessions_held
 
     flat_out = setup.run(replace(workload, sessions=1, saturated=True, seconds=max(SATURATED_S, workload.seconds)))
-    live = setup.run(workload)
+    live, server = _live(setup, workload)
     most = setup.most_sessions(workload)
     held: int | None
     if find_held:
         held = sessions_held(setup.run, workload, most)
     else:
-        held = workload.sessions if live.worst_dmr < MISSES_HELD and workload.sessions <= most else None
+        all_in = len(live.sessions) == workload.sessions <= most
+        held = workload.sessions if all_in and live.worst_dmr < MISSES_HELD else None
     # The paper counts the wait for four frames and one chunk of the steady stream.
     ttff_s = 4 / workload.fps + 4 / flat_out.fps if setup.as_published else live.ttff_s
     return {
@@ -267,17 +133,17 @@ def predict(setup: Setup, workload: Workload, *, find_held: bool) -> dict[str, A
         "system": "as published" if setup.as_published else "livebrush",
         "devices": list(setup.devices),
         "groups": setup.groups(workload),
-        "model": setup.model,
-        "size": f"{setup.width}x{setup.height}",
+        "model": setup.form.model,
+        "size": f"{setup.form.size[0]}x{setup.form.size[1]}",
         "steps": setup.steps,
-        "vae": setup.vae,
+        "vae": setup.form.vae,
         "basis": setup.basis,
         "camera_fps": workload.fps,
         "budget_s": workload.budget_s,
         "sessions": workload.sessions,
         "sessions_held": held,
         "sessions_in_memory": None if setup.fits is None or setup.as_published else most,
-        "fps": round(flat_out.fps if find_held else live.fps / workload.sessions, 2),
+        "fps": round(flat_out.fps if find_held else live.fps / len(live.sessions), 2),
         "fps_total": round(flat_out.fps if find_held else live.fps, 2),
         "throughput_fps": round(flat_out.fps, 2),
         "throughput_latency_s": _finite(flat_out.mean_latency_s),
@@ -291,6 +157,33 @@ def predict(setup: Setup, workload: Workload, *, find_held: bool) -> dict[str, A
         "latency_p99_s": _finite(live.latency_quantile_s(0.99)),
         "utilisation": [round(share, 3) for share in live.utilisation],
         "bottleneck": flat_out.bottleneck if find_held else live.bottleneck,
+        "server": server,
+        "per_session": [_of_session(session) for session in live.sessions],
+    }
+
+
+def _live(setup: Setup, workload: Workload) -> tuple[Outcome, dict[str, object] | None]:
+    """The sessions live; of a server those that it lets in, and what it did with them."""
+    if not setup.has_ladder:
+        return setup.run(workload), None
+    from server.plan_server import SETTLED_S
+
+    server = setup.server(workload)
+    admitted = min(workload.sessions, server.seats)
+    live = setup.run(replace(workload, sessions=admitted, warm_up_s=SETTLED_S), server)
+    return live, server.as_json(workload.sessions)
+
+
+def _of_session(session: SessionOutcome) -> dict[str, object]:
+    from engine.simulator_outcome import quantile_s
+
+    return {
+        "fps": round(session.fps, 2),
+        "dmr": round(session.dmr, 4),
+        "by_camera": round(session.by_camera, 4),
+        "ttff_s": _finite(session.ttff_s),
+        "latency_p50_s": _finite(quantile_s(session.latency_s, 0.5)),
+        "latency_p95_s": _finite(quantile_s(session.latency_s, 0.95)),
     }
 
 
@@ -306,17 +199,19 @@ def _table(result: dict[str, Any]) -> str:
     def seconds(name: str) -> str:
         return "none came" if result[name] is None else f"{result[name]:.3f} s"
 
-    held = result["sessions_held"]
+    held, server = result["sessions_held"], result["server"]
     rows = [
         ("devices", f"{', '.join(result['devices'])} in groups of {', '.join(map(str, result['groups']))}"),
         ("model", f"{result['model']}, {result['size']}, {_steps(result['steps'])}, {result['vae']} VAE"),
         ("system", result["system"]),
         ("frames a second, one stream flat out", f"{result['throughput_fps']:.1f}"),
         ("sessions held below 1 % misses", "not these" if held is None else str(held)),
+        *(_server_rows(server) if server else ()),
         (
-            f"with {result['sessions']} at {result['camera_fps']:g} fps: frames late or never shown",
+            f"with {len(result['per_session'])} at {result['camera_fps']:g} fps: frames late or never shown",
             f"{result['dmr']:.1%}, the worst session {result['worst_dmr']:.1%}",
         ),
+        *_session_rows(result["per_session"]),
         ("  first frame", seconds("ttff_s")),
         ("  latency, mean", seconds("latency_s")),
         ("  latency, 95 %", seconds("latency_p95_s")),
@@ -328,6 +223,35 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + ["", result["note"]])
 
 
+def _server_rows(server: dict[str, Any]) -> list[tuple[str, str]]:
+    seats = f"{server['seats']}, as {server['limit']}"
+    if server["refused"]:
+        seats += f"; {server['refused']} of {server['admitted'] + server['refused']} are refused"
+    down = server["rungs_down"]
+    rows = [
+        ("seats of a server", seats),
+        ("rung held", server["rung"]["name"] + (f", {down} below the wish" if down else ", the wish")),
+    ]
+    rows += [
+        (f"  after {move['at_s']:.1f} s", f"{move['from']} -> {move['to']}: {move['reason']}")
+        for move in server["moves"][:MOVES_SHOWN]
+    ]
+    if (more := len(server["moves"]) - MOVES_SHOWN) > 0:
+        rows.append(("  …", f"{more} moves more"))
+    return rows
+
+
+def _session_rows(sessions: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    if not 2 <= len(sessions) <= SESSIONS_SHOWN:
+        rates = [session["fps"] for session in sessions]
+        text = f"{min(rates):.1f}" if min(rates) == max(rates) else f"{min(rates):.1f} to {max(rates):.1f}"
+        return [("  frames a second of each", text)]
+    return [
+        (f"  session {number}", f"{session['fps']:.1f} fps, {session['dmr']:.1%} late or never shown")
+        for number, session in enumerate(sessions, 1)
+    ]
+
+
 def plot(setup: Setup, workload: Workload, held: int) -> str:
     """An SVG of two panels over the number of sessions, to beyond what is held: misses, and frames a second of each."""
     from engine.simulator_load import MAX_SESSIONS
@@ -336,9 +260,10 @@ def plot(setup: Setup, workload: Workload, held: int) -> str:
     stride = max(1, last // 24)
     counts = [*range(1, last + 1, stride)]
     runs = [setup.run(replace(workload, sessions=count)) for count in counts]
+    form = setup.form
     title = (
-        f"{', '.join(f'{setup.devices.count(name)} {name}' for name in dict.fromkeys(setup.devices))}, {setup.model}, "
-        f"{setup.width}x{setup.height}, {_steps(setup.steps)}, {workload.fps:g} fps, "
+        f"{', '.join(f'{setup.devices.count(name)} {name}' for name in dict.fromkeys(setup.devices))}, {form.model}, "
+        f"{form.size[0]}x{form.size[1]}, {_steps(setup.steps)}, {workload.fps:g} fps, "
         f"{'as published' if setup.as_published else 'Livebrush'}: prediction"
     )
     panels = (

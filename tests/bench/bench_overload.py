@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from engine.cost_model import Costs, Work
 from engine.devices import cpu_costs
 from engine.scheduler import Drop, Item, Picked
-from engine.simulator import Policy, our_policy, simulate
+from engine.simulator import simulate
+from engine.simulator_devices import Policy, our_policy
 from engine.simulator_load import Arrivals, Workload
 from engine.simulator_outcome import Outcome
 from engine.simulator_ranks import split
@@ -30,6 +31,9 @@ class FirstInFirstOut:
     _queue: deque[Item] = field(default_factory=deque)
 
     def open(self, stream: int, *, steps: int = 1) -> None:
+        """Nothing to do."""
+
+    def change(self, stream: int, *, steps: int, small: bool, light: bool = False) -> None:
         """Nothing to do."""
 
     def push(self, item: Item) -> list[Drop]:
@@ -49,6 +53,9 @@ class LatestOnly:
     _waiting: dict[int, Item] = field(default_factory=dict)
 
     def open(self, stream: int, *, steps: int = 1) -> None:
+        """Nothing to do."""
+
+    def change(self, stream: int, *, steps: int, small: bool, light: bool = False) -> None:
         """Nothing to do."""
 
     def push(self, item: Item) -> list[Drop]:

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -15,10 +17,12 @@ from engine.devices import (
     parse_devices,
     transformer_flops,
     wan_costs,
+    with_settings,
 )
 from engine.published import LIVE_LATENCY_S, LIVE_MISSED, SIZES, TTFF_S, cells, error, fit, predicted_fps
 from engine.scheduler import Scheduler
-from engine.simulator import our_policy, sessions_held, simulate
+from engine.simulator import sessions_held, simulate
+from engine.simulator_devices import our_policy
 from engine.simulator_load import Arrivals, Workload
 from engine.simulator_outcome import Outcome
 from engine.simulator_published import simulate_published
@@ -192,6 +196,134 @@ def test_the_bottleneck_is_named() -> None:
     assert "filling of a chunk" in ours([cpu_costs(256, 256)], 1, Workload()).bottleneck
 
 
+# --- a server around it
+
+
+class AtOnce:
+    """Playout that shows everything as it comes."""
+
+    def __init__(self) -> None:
+        self.waiting: list[float] = []
+        self.rates: list[float] = []
+
+    def set_rate(self, fps: float) -> None:
+        self.rates.append(fps)
+
+    def push(self, pictures: Sequence[float], captured_at: Sequence[float], now: float) -> list[float]:
+        self.waiting += pictures
+        return []
+
+    def due_at(self) -> float | None:
+        return 0.0 if self.waiting else None
+
+    def shed(self, now: float) -> list[float]:
+        return []
+
+    def pop(self, now: float) -> float:
+        return self.waiting.pop(0)
+
+
+@dataclass(frozen=True)
+class Stand:
+    steps: int = 1
+    small: bool = False
+    light: bool = False
+    fps: float = 16.0
+    camera: bool = False
+
+
+class ScriptedServer:
+    """Stands where a script says, from given instants on."""
+
+    def __init__(self, script: dict[float, Stand]) -> None:
+        self.script = script
+        self.rung = Stand()
+        self.asked: list[tuple[float, int, int, int]] = []
+        self.playouts: list[AtOnce] = []
+
+    def decide(self, now: float, sessions: int, due: int, missed: int) -> None:
+        self.asked.append((now, sessions, due, missed))
+        self.rung = next((stand for at, stand in reversed(self.script.items()) if now >= at), self.rung)
+
+    def playout(self, fps: float) -> AtOnce:
+        self.playouts.append(AtOnce())
+        return self.playouts[-1]
+
+
+DEVICE = with_settings(
+    lambda setting: ChunkCosts(0.01, 0.01, 1, 0.0, {True: 0.03, False: 0.1}[setting[0]] / (1 + setting[1]), noise=0.0),
+    has_small=True,
+    has_light=True,
+)
+
+
+def served(script: dict[float, Stand], workload: Workload) -> tuple[Outcome, ScriptedServer]:
+    server = ScriptedServer(script)
+    return simulate([split([DEVICE], 1)], 1, workload, server=server), server
+
+
+@pytest.mark.parametrize(
+    ("stand", "chunk_s"),
+    [
+        (Stand(), 0.12),
+        (Stand(small=True), 0.05),
+        (Stand(light=True), 0.07),
+        (Stand(small=True, light=True), 0.035),
+        (Stand(fps=8.0), 0.12),
+    ],
+)
+def test_from_a_move_on_chunks_cost_what_they_do_on_the_new_rung(stand: Stand, chunk_s: float) -> None:
+    workload = Workload(1, seconds=20, warm_up_s=6.0, jitter_s=0.0, first_frames=1)
+    run, server = served({5.0: stand}, workload)
+    (session,) = run.sessions
+    assert session.fps == pytest.approx(stand.fps, rel=0.05) and run.dmr == 0
+    assert session.latency_s[0] == pytest.approx(chunk_s) and session.latency_s[-1] == pytest.approx(
+        3 / stand.fps + chunk_s
+    )
+    assert server.playouts[0].rates == ([] if stand.fps == 16.0 else [8.0])
+
+
+def test_a_vae_that_begins_with_a_frame_alone_does_so_at_every_change_of_it() -> None:
+    workload = Workload(1, seconds=20, jitter_s=0.0, first_frames=5)
+    moves = {at: Stand(light=bool(index % 2 == 0)) for index, at in enumerate((5.0, 7.0, 9.0, 11.0))}
+    moved, _ = served(moves, workload)
+    oldest = 3 / 16
+    longer = [latency for latency in moved.latency_s if latency > oldest + 0.12 + 0.01]
+    assert longer and max(longer) == pytest.approx(oldest + 0.24)
+    alone = replace(workload, first_frames=1)
+    assert max(served(moves, alone)[0].latency_s) == pytest.approx(oldest + 0.12)
+
+
+def test_on_the_camera_rung_frames_are_in_time_and_not_the_model_s() -> None:
+    workload = Workload(2, seconds=20, jitter_s=0.0, first_frames=1)
+    run, server = served({5.0: Stand(camera=True), 15.0: Stand()}, workload)
+    for session in run.sessions:
+        assert session.by_camera == pytest.approx(10 / 18, abs=0.03)
+        assert session.fps == pytest.approx(16 * 8 / 18, rel=0.05)
+        # What was in the engine at the change is lost: a chunk at most.
+        assert 0 <= session.dmr <= 4 / (16 * 18)
+    assert run.dmr > 0
+    assert {sessions for _, sessions, _, _ in server.asked} == {1, 2}
+
+
+def test_the_ladder_is_told_every_frame_due_and_what_became_of_it() -> None:
+    workload = Workload(3, fps=16, seconds=20, budget_s=0.4, first_frames=1)
+    run, server = served({}, workload)
+    due, missed = sum(each[2] for each in server.asked), sum(each[3] for each in server.asked)
+    assert due == pytest.approx(3 * 16 * 20, rel=0.02)
+    # Three at 120 ms are more than there is in 250: about a third is lost.
+    assert missed / due == pytest.approx(run.dmr, abs=0.03) and 0.2 < run.dmr < 0.5
+    spaced = [later[0] - each[0] for each, later in pairwise(server.asked)]
+    assert max(spaced) <= 0.2501
+
+
+def test_a_ring_has_neither_another_size_nor_another_vae() -> None:
+    ring = split([DEVICE, DEVICE], 1)
+    assert all(share.at(small=True, light=True) == share for share in ring)
+    (alone,) = split([DEVICE], 1)
+    assert alone.at(small=True, light=False).chunk_s(1) < 0.5 * alone.chunk_s(1)
+
+
 def test_a_run_is_the_same_again() -> None:
     workload = Workload(3, arrivals="poisson", seed=5)
     assert ours(h100(), 1, workload) == ours(h100(), 1, workload)
@@ -258,8 +390,24 @@ def test_a_snapshot_and_a_list_of_costs_give_the_measured_time() -> None:
     assert costs.mean_s(Work.of_chunk(2, window=3)) == pytest.approx(model.mean_s(Work.of_chunk(2, window=3)), rel=1e-6)
     listed = [{"steps": n, "small": False, "mean_s": 0.02 + 0.065 * n, "upper_s": 0.03 + 0.065 * n} for n in (1, 2, 4)]
     small = {"steps": 1, "small": True, "mean_s": 0.01, "upper_s": 0.02}
-    costs = measured_costs({"costs": [small, *listed]}, window=3)
+    light = {"steps": 1, "small": False, "light": True, "mean_s": 0.07, "upper_s": 0.08}
+    costs = measured_costs({"costs": [small, *listed, light]}, window=3)
     assert [costs.mean_s(Work.of_chunk(n)) for n in (1, 2, 4)] == pytest.approx([0.085, 0.15, 0.28])
+    assert set(costs.others) == {(True, False), (False, True)}
+    assert costs.mean_s(Work.of_chunk(1, small=True)) == pytest.approx(0.01)
+    assert costs.times(2).mean_s(Work.of_chunk(1, light=True)) == pytest.approx(0.14)
+
+
+@pytest.mark.parametrize(("small", "light"), [(True, False), (False, True), (True, True)])
+def test_a_snapshot_tells_of_the_other_settings_where_they_are_said_to_be(small: bool, light: bool) -> None:
+    model = CostModel()
+    for _ in range(20):
+        model.observe(Work.of_chunk(1, window=3), 0.1)
+        model.observe(Work.of_chunk(1, window=3, small=small, light=light), 0.04)
+    costs = measured_costs(model.snapshot(), window=3, has_small=small, has_light=light)
+    other = Work.of_chunk(1, window=3, small=small, light=light)
+    assert costs.mean_s(other) == pytest.approx(model.mean_s(other), rel=1e-6) == pytest.approx(0.04, rel=0.2)
+    assert measured_costs(model.snapshot(), window=3).others == {}
 
 
 @pytest.mark.parametrize(

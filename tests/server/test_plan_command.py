@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,8 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 from engine.cost_model import CostModel, Work
+from server.admission import LIMITS
 from server.doctor import Cost, Measured, Report, to_json
+from server.ladder import rungs
 from server.plan_command import add_plan_parser
+from server.session_terms import rung_name
+from server.settings import ServerSettings
 
 
 def livebrush(*arguments: str) -> int:
@@ -35,6 +40,7 @@ WAN = ("--model", "wan2.1-1.3b", "--size", "832x480", "--steps", "1")
 def test_as_published_gives_the_paper_s_figures(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, "--devices", "h100:4", *WAN, "--as-published")
     assert plan["fps"] == pytest.approx(44.38, rel=0.1)
+    assert plan["server"] is None
     assert plan["system"] == "as published" and plan["groups"] == [4] and len(plan["utilisation"]) == 4
     assert plan["bottleneck"].startswith("VAE decode on device 4")
     two = planned(capsys, "--devices", "h100", *WAN[:4], "--steps", "2", "--as-published")
@@ -54,9 +60,57 @@ def test_given_sessions_are_simulated_together(capsys: pytest.CaptureFixture[str
     alone = planned(capsys, "--sessions", "2", "--fps", "15")
     assert alone["fps"] == pytest.approx(15, rel=0.05) and alone["fps_total"] == pytest.approx(30, rel=0.05)
     assert alone["sessions_held"] == 2
-    crowd = planned(capsys, "--sessions", "12", "--fps", "15", "--arrivals", "poisson")
-    assert crowd["dmr"] > 0.3 and crowd["fps"] < 10 and crowd["sessions_held"] is None
+    crowd = planned(capsys, "--sessions", "12", "--fps", "15", "--arrivals", "poisson", "--no-ladder")
+    assert crowd["dmr"] > 0.3 and crowd["fps"] < 10 and crowd["sessions_held"] is None and crowd["server"] is None
     assert crowd["utilisation"][0] > 0.9 and "ms a chunk" in crowd["bottleneck"]
+    assert len(crowd["per_session"]) == 12 and all(session["dmr"] > 0.1 for session in crowd["per_session"])
+
+
+def test_a_crowd_before_a_server_is_let_in_as_far_as_there_are_seats(capsys: pytest.CaptureFixture[str]) -> None:
+    crowd = planned(capsys, "--sessions", "12", "--fps", "24")
+    server, sessions = crowd["server"], crowd["per_session"]
+    assert server["seats"] == server["admitted"] == len(sessions) == 12 - server["refused"] < 12
+    assert "no time" in server["limit"] and crowd["sessions_held"] is None
+    # They stand on one rung, at its rate, and each has its frames in time.
+    assert 8 <= server["rung"]["fps"] < 24 and server["rung"]["small"] and not server["rung"]["camera"]
+    assert all(session["fps"] == pytest.approx(server["rung"]["fps"], rel=0.1) for session in sessions)
+    assert crowd["worst_dmr"] < 0.01 and server["rungs_down"] > 0
+    assert livebrush("--sessions", "12", "--fps", "24") == 0
+    text = capsys.readouterr().out
+    for part in (server["rung"]["name"], f"{server['refused']} of 12 are refused", "session 1 ", "needs"):
+        assert part in text
+
+
+def test_slower_devices_stand_lower_down_to_the_camera_by_the_server_s_own_rungs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ladder = rungs(ServerSettings(), steps_max=1, has_small=True)
+    depths = []
+    for slower in ("1", "2", "3", "5", "30"):
+        plan = planned(capsys, "--sessions", "1", "--fps", "24", "--slower", slower)
+        server, (session,) = plan["server"], plan["per_session"]
+        depths.append(server["rungs_down"])
+        assert server["rung"]["name"] == rung_name(ladder[server["rungs_down"]])
+        assert session["fps"] <= 1.1 * server["rung"]["fps"]
+        assert all(later["at_s"] - move["at_s"] >= 3 for move, later in pairwise(server["moves"]))
+    assert depths == sorted(depths) and depths[0] == 0 and 0 < depths[1] < depths[3]
+    assert server["rung"]["camera"] or server["moves"][-1]["to"] != "camera"
+    assert session["by_camera"] > 0.5 > session["dmr"]
+    assert (server["seats"], server["limit"]) == (1, LIMITS["engine"])
+
+
+@pytest.mark.parametrize(("vae", "light"), [("auto", True), ("full", False), ("light", False)])
+def test_the_light_vae_is_a_rung_where_both_are_there(
+    capsys: pytest.CaptureFixture[str], vae: str, light: bool
+) -> None:
+    arguments = ("--devices", "rtx4090", "--size", "832x480", "--steps", "2", "--sessions", "1", "--vae", vae)
+    plan = planned(capsys, *arguments)
+    assert plan["server"]["rung"]["light"] is light and not plan["server"]["rung"]["small"]
+    # The light one alone is no rung, and quick enough from the beginning.
+    assert (plan["server"]["rungs_down"] == 0) is (vae == "light")
+    # Two steps in a ring: neither size nor VAE is changed there.
+    ring = planned(capsys, "--devices", "h100:2", "--model", "wan2.1-14b", "--steps", "2", "--sessions", "1")
+    assert ring["groups"] == [2] and not ring["server"]["rung"]["light"]
 
 
 def test_a_slower_device_renders_as_much_less(capsys: pytest.CaptureFixture[str]) -> None:
