@@ -3,22 +3,24 @@
     encode parts -> DiT blocks -> head, refiner's blocks -> decode parts
 
 A chunk passes the first and the last section once, the two in the middle once a step. Nothing here computes: sizes are
-found by running a model's autoencoder once without values.
+found by running a model's autoencoder once over the smallest of frames.
 
 Axes in names: B rows, T latent frames, C channels, H and W rows and columns.
 """
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.wan.presets import TransformerConfig
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, Carried, Memory, Part
-from engine.wan.weights import VAE, Model
+from engine.wan.weights import Model
+
+# Latents across and down of the frame that sizes are found with.
+SAMPLE_LATENTS = 2
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,15 @@ def chain_of(model: Model, width: int, height: int, *, span: int, streams: int, 
     Args:
         span: latent frames of the usual chunk. streams, rows: that may be open, and their cache rows in all.
     """
-    transformer, vae = model.config.transformer, _without_values(model.vae)
+    transformer, vae = model.config.transformer, model.vae
     channels, size = transformer.latent_channels, (height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     latent = span * channels * size[0] * size[1]
-    frames = torch.empty(1, FRAMES_PER_LATENT * span, 3, height, width, device="meta", dtype=model.dtype)
-    latents = torch.empty(1, span, channels, *size, device="meta", dtype=model.dtype)
+    side = SAMPLE_LATENTS * PIXELS_PER_LATENT
+    frames = torch.zeros(1, FRAMES_PER_LATENT * span, 3, side, side, device=model.device, dtype=model.dtype)
+    latents = torch.zeros(1, span, channels, SAMPLE_LATENTS, SAMPLE_LATENTS, device=model.device, dtype=model.dtype)
     encode, decode = (
-        _measured(parts, x, first)
-        for parts, x, first in (
-            (vae.encode_parts(), frames, frames[:, :1]),
-            (vae.decode_parts(), latents, latents[:, :1]),
-        )
+        _measured(parts, x, size[0] * size[1])
+        for parts, x in ((vae.encode_parts(), frames), (vae.decode_parts(), latents))
     )
     area = transformer.patch[1] * transformer.patch[2]
     tokens = span * size[0] * size[1] // area
@@ -100,25 +100,20 @@ def latents_carried(transformer: TransformerConfig) -> int:
     return 2 if transformer.prediction == "flow" and transformer.condition_channels else 1
 
 
-def _without_values(vae: VAE) -> VAE:
-    """A copy of a module whose tensors have shapes and no values, on torch's meta device."""
-    known: dict[int, object] = {}
-    for parameter in vae.parameters():
-        known[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in vae.buffers():
-        known[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(vae, known)
+@torch.inference_mode()
+def _measured(parts: Sequence[Part], x: Tensor, area: int) -> list[tuple[int, int]]:
+    """For every part: values it returns for a later chunk of a stream, and bytes it keeps of the stream.
 
-
-def _measured(parts: Sequence[Part], x: Tensor, first: Tensor) -> list[tuple[int, int]]:
-    """For every part: values it returns for a later chunk of a stream, and bytes it keeps of the stream."""
+    area: latents of a frame; all that a part makes of a frame grows with it.
+    """
     found = []
-    start: Carried = (first,)
+    start: Carried = (x[:, :1],)
     carried: Carried = (x,)
     memory: Memory
     for part in parts:
         start, memory = part.run(start, ())
         carried, memory = part.run(carried, memory)
         values = sum(tensor.numel() for tensor in carried)
-        found.append((values, sum(tensor.numel() * tensor.element_size() for tensor in memory)))
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in memory)
+        found.append((values * area // SAMPLE_LATENTS**2, kept * area // SAMPLE_LATENTS**2))
     return found

@@ -78,7 +78,7 @@ class RankProcess:
         """Start the rank; it reports its progress as `Status` messages. Raises OSError if it cannot be started."""
         ours, theirs = socket.socketpair()
         env = os.environ | RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)}
-        command = [sys.executable, "-P", "-m", "engine.ring_worker" if settings.rank_count > 1 else "engine.worker"]
+        command = [sys.executable, "-P", "-m", "engine.ring_start" if settings.rank_count > 1 else "engine.worker"]
         command += [str(theirs.fileno()), str(memory.fd), settings.model_dump_json()]
         try:
             process = await asyncio.create_subprocess_exec(

@@ -1,6 +1,6 @@
 """A rank on another machine: the messages of `engine.messages` over one TCP connection, frames right behind them.
 
-    server: RemoteRank ──TCP──▶ node: RankHost ──socket, frame memory──▶ rank process (engine.worker, ring_worker)
+    server: RemoteRank ──TCP──▶ node: RankHost ──socket, frame memory──▶ rank process (engine.worker, ring_start)
 
 Both ends hold a `FrameMemory` of the same layout. A `Submit` is followed by the camera frames of its slot, a `Done` by
 the restyled ones, as they lie in memory. Uncompressed, a stream of 256x256 at 24 frames/s is 4.7 MB/s each way; nothing

@@ -42,7 +42,8 @@ from engine.api import EngineError, StreamParams
 from engine.config import WAN_SAMPLING, CacheConfig, MotionConfig, SamplingConfig, ServingProfile
 from engine.kv_cache import CacheRow, KVPool
 from engine.pipeline import Mode, Pipeline
-from engine.ring_group import RingGroup, RingResult, RingSpec, RingStats
+from engine.ring_group import RingGroup, RingResult, RingStats
+from engine.ring_rank import RingSpec
 from engine.ring_stage import StagePool
 from engine.session import Item, SessionState
 from engine.wan.checkpoints import check_shapes, transformer_from_original

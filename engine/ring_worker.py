@@ -1,8 +1,9 @@
 """Rank 0 of a ring as the server knows it: the same messages as `engine.worker`, over several processes.
 
-This process schedules and holds the first units; it starts the other ranks and ends with any of them, so that
-a group is lost as a unit: the server sees its connection close, within milliseconds of a death, and starts another. A
-rank that hangs is one that has not answered for `HANG_S`, or for `HANG_CHUNKS` times what a chunk took in the warm-up.
+This process schedules and holds the first units; it was begun together with the other ranks (`engine.ring_start`) and
+ends with any of them, so that a group is lost as a unit: the server sees its connection close, within milliseconds of a
+death, and starts another. A rank that hangs is one that has not answered for `HANG_S`, or for `HANG_CHUNKS` times what
+a chunk took in the warm-up.
 
 Scheduler, cost model and health are those of one rank. What a chunk costs is what the slowest rank spends on it, for
 that is its share of a full ring; what it takes longer to come round is taken off its deadline. Units move between
@@ -11,17 +12,18 @@ ranks by measured times (`engine.ring_pace`). A ring has no smaller size to fall
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing.connection import Connection as PipeConnection
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 
 import numpy as np
 import psutil
@@ -30,21 +32,22 @@ from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, EngineState, Frames, StreamParams
 from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
+from engine.cost_book import Kinds
 from engine.cost_model import Work
 from engine.frame_memory import RING_SLOTS_PER_RANK, FrameLayout, FrameMemory
 from engine.health import Verdict
 from engine.memory import check, pool_streams
 from engine.messages import Open, Status, StreamFailed, Submit, ToRank
 from engine.ring import Done, RingHead
-from engine.ring_group import PEER_GONE, Events, RingSpec, make_head, rank_process
 from engine.ring_pace import WINDOW_PASSES
+from engine.ring_rank import PEER_GONE, Events, RingSpec, follow, make_head, run_rank
+from engine.ring_start import Follower
 from engine.scheduler import Item, Scheduler
 from engine.transport import HOST, Message, PeerGone
 from engine.wan.weights import Model, Progress, load_model
+from engine.warm_up import WARM_UP_CHUNKS, WARM_UP_PROMPT, Passes
 from engine.worker import (
     TEXT_POLL_S,
-    WARM_UP_CHUNKS,
-    WARM_UP_PROMPT,
     Connection,
     Disconnected,
     Entered,
@@ -72,7 +75,7 @@ class RankLoader:
     settings: EngineSettings
 
     def __call__(self, rank: int) -> Model:
-        """See `engine.ring_group.Loader`. Only rank 0 keeps a text encoder."""
+        """See `engine.ring_rank.Loader`. Only rank 0 keeps a text encoder."""
         model = self.load(rank, lambda share, what: None)
         model.text.close()
         return model
@@ -105,22 +108,44 @@ def rank_device(settings: EngineSettings, rank: int) -> torch.device:
     return device if device.index is None else torch.device(device.type, device.index + rank)
 
 
+def spec_of(settings: EngineSettings) -> RingSpec:
+    """The ring that settings ask for, alike on all of its ranks."""
+    return RingSpec(
+        settings.rank_count,
+        settings.width,
+        settings.height,
+        streams=pool_streams(settings),
+        mode=settings.mode,
+        balance=True,
+        threads=settings.threads,
+        reply_timeout_s=WARM_UP_HANG_S,
+    )
+
+
+def follow_worker(settings: EngineSettings, rank: int, pipe: PipeConnection) -> None:
+    """Be a rank after the first, as soon as rank 0 says where to meet. Ends the process."""
+
+    def work() -> None:
+        try:
+            port = pipe.recv()
+        except EOFError:
+            raise PeerGone("rank 0 ended before it said where to meet") from None
+        follow(RankLoader(settings), spec_of(settings), rank, port)
+
+    run_rank(rank, work, threads=settings.threads, lost=lambda why: log.debug("rank %d ends: %s", rank, why))
+
+
 class RingWorker(Worker):
     """Holds the first rank, the streams, and the processes of the other ranks."""
 
     _pipeline: RingHead
 
     def __init__(
-        self,
-        connection: Connection,
-        memory: FrameMemory,
-        settings: EngineSettings,
-        loader: RankLoader | None = None,
+        self, connection: Connection, memory: FrameMemory, settings: EngineSettings, followers: Sequence[Follower]
     ) -> None:
-        """loader: picklable; for tests, of models that are slow where they are told to be."""
+        """followers: the other ranks, which wait to be told where to meet."""
         super().__init__(connection, memory, settings)
-        self._loader = loader or RankLoader(settings)
-        self._ranks: list[BaseProcess] = []
+        self._followers = tuple(followers)
         self._events: Events
 
     def load(self) -> None:
@@ -132,25 +157,16 @@ class RingWorker(Worker):
         if device.type == "cpu":
             # All of them hold all weights, in one memory.
             check(plan, psutil.virtual_memory().available // settings.rank_count)
-        learned = self._recall(device, plan)
-        spec = RingSpec(
-            settings.rank_count,
-            settings.width,
-            settings.height,
-            streams=pool_streams(settings),
-            mode=settings.mode,
-            balance=True,
-            threads=settings.threads,
-            reply_timeout_s=WARM_UP_HANG_S,
-        )
+        self._recall(device, plan)
         store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=WARM_UP_HANG_S), wait_for_workers=False)
-        self._ranks = [rank_process(self._loader, spec, rank, store.port) for rank in range(1, spec.ranks)]
-        for process in self._ranks:
-            process.start()
         threading.Thread(target=self._watch, daemon=True).start()
-        model = self._loader.load(0, lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what))
+        for follower in self._followers:
+            with contextlib.suppress(OSError):  # one that has ended: `_watch` sees to it
+                follower.pipe.send(store.port)
+        loader = RankLoader(settings)
+        model = loader.load(0, lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what))
         try:
-            self._pipeline, inboxes = make_head(model, spec, store.port)
+            self._pipeline, inboxes = make_head(model, spec_of(settings), store.port)
         except ValueError as error:
             raise EngineError(f"{settings.model}: {error}") from error
         except RuntimeError as error:
@@ -159,16 +175,17 @@ class RingWorker(Worker):
         while model.text.request(WARM_UP_PROMPT) is None:
             self._tell(EngineState.WARMING, 50, "loading the text encoder")
             time.sleep(TEXT_POLL_S)
-        self._profile(self._warm_up_ring(profile), learned)
-        self._scheduler = Scheduler(self._costs, window=self._pipeline.pool.window)
-        self._tell_costs(time.monotonic(), plan.stream_bytes)
+        passes = self._warm_up_ring(profile)
+        window = self._pipeline.pool.window
+        self._book.begin(passes, Kinds(profile.steps, self._pipeline.max_steps, window), time.monotonic())
+        self._scheduler = Scheduler(self._book.model, window=window)
         self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
 
     def close(self) -> None:
         """End the other ranks, which hold nothing that outlasts them, and the text encoder."""
-        ranks, self._ranks = self._ranks, []
-        for process in ranks:
-            process.kill()
+        followers, self._followers = self._followers, ()
+        for follower in followers:
+            follower.process.kill()
         super().close()
 
     def run(self) -> None:
@@ -246,9 +263,9 @@ class RingWorker(Worker):
             return
         now = time.monotonic()
         longer_s = max(0.0, now - stream.entered[0].started_at - done.cost_s)
-        self._transit_s += TRANSIT_SMOOTHING * (longer_s - self._transit_s)
-        if self._costs.observe(Work.of_chunk(done.item.schedule.steps, window=window), done.cost_s):
-            self._tell_costs(now, self._told_costs.state_bytes)
+        book = self._book
+        book.transit_s += TRANSIT_SMOOTHING * (longer_s - book.transit_s)
+        book.observe(Work.of_chunk(done.item.schedule.steps, window=window), done.cost_s, now)
 
     # --- messages
 
@@ -264,7 +281,9 @@ class RingWorker(Worker):
 
     def _handle(self, message: ToRank) -> None:
         if isinstance(message, Submit):
-            item = Item(message.stream, message.chunk, message.slot, message.frames, message.deadline - self._transit_s)
+            item = Item(
+                message.stream, message.chunk, message.slot, message.frames, message.deadline - self._book.transit_s
+            )
             self._report(self._scheduler.push(item))
         else:
             super()._handle(message)
@@ -300,41 +319,60 @@ class RingWorker(Worker):
 
     def _watch(self) -> None:
         """End with the first rank that ends: nothing here is worth saving, and the server starts another group."""
-        ranks = self._ranks
+        ranks = [follower.process for follower in self._followers]
         gone = wait([process.sentinel for process in ranks])
-        if self._ranks:
+        if self._followers:
             numbers = [number for number, process in enumerate(ranks, start=1) if process.sentinel in gone]
             log.error("rank %s of %d ended: the group ends with it", numbers[0], len(ranks) + 1)
             self.close()
             os._exit(PEER_GONE)
 
-    def _warm_up_ring(self, profile: ServingProfile) -> list[tuple[Work, float]]:
-        """Render until everything runs at its usual speed; returns what chunks of each number of steps cost then."""
+    def _warm_up_ring(self, profile: ServingProfile) -> Passes | None:
+        """Render until everything runs at its usual speed; returns what chunks of each number of steps cost then.
+
+        None where a chunk costs what an earlier run has learned: then units move to where they belong in service.
+        """
         settings, head, key = self._settings, self._pipeline, "warm-up"
         params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
-        first, later = (
+        frames = [
             np.zeros((count, settings.height, settings.width, 3), np.uint8)
             for count in (profile.first_chunk_frames, profile.chunk_frames)
-        )
-        head.join(key, params)
+        ]
+        usual = Work.of_chunk(profile.steps, window=head.pool.window)
         # Enough for units to move to where they belong before anything is measured.
         chunks = max(WARM_UP_CHUNKS, head.pool.window + 2, WINDOW_PASSES + 2)
-        for done in range(chunks):
-            self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
-            self._play(key, later if done else first)
-        costs: list[tuple[Work, float]] = []
-        slowest_s = 0.0
-        for steps in sorted({1, profile.steps, head.max_steps}):
+        taken: list[float] = []
+        head.join(key, params)
+        try:
+            for done in range(chunks):
+                self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
+                taken.append(self._play(key, frames[min(done, 1)]))
+                if done + 1 == WARM_UP_CHUNKS and self._book.stands(usual, statistics.median(taken[2:])):
+                    # What a chunk costs is the slowest rank's share.
+                    longest = Work.of_chunk(head.max_steps, window=head.pool.window)
+                    self._allow(settings.rank_count * self._book.longest_s(longest))
+                    return None
+            return self._measure_steps(key, params, frames[1])
+        finally:
+            head.leave(key)
+
+    def _measure_steps(self, key: str, params: StreamParams, frames: Frames) -> Passes:
+        head, slowest_s = self._pipeline, 0.0
+        costs: Passes = []
+        for steps in sorted({1, params.steps, head.max_steps}):
             self._tell(EngineState.WARMING, 95, f"measuring {steps} steps")
             head.set_params(head.flows[key].state, params.model_copy(update={"steps": steps}))
             began = time.monotonic()
-            taken = [self._play(key, later) for _ in range(WARM_UP_CHUNKS)]
+            taken = [self._play(key, frames) for _ in range(WARM_UP_CHUNKS)]
             slowest_s = max(slowest_s, (time.monotonic() - began) / WARM_UP_CHUNKS)
             # The first may still wait for those of other steps.
             costs.append((Work.of_chunk(steps, window=head.pool.window), statistics.median(taken[1:])))
-        head.leave(key)
-        self._events.reply_timeout_s = max(HANG_S, HANG_CHUNKS * slowest_s)
+        self._allow(slowest_s)
         return costs
+
+    def _allow(self, chunk_s: float) -> None:
+        """From now on a rank hangs that does not answer for so many times what the slowest chunk takes."""
+        self._events.reply_timeout_s = max(HANG_S, HANG_CHUNKS * chunk_s)
 
     def _play(self, key: str, frames: Frames) -> float:
         """One chunk alone through the ring; returns what it cost."""
@@ -347,12 +385,12 @@ class RingWorker(Worker):
         return head.done.popleft().cost_s
 
 
-def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
+def main(control_fd: int, memory_fd: int, settings: EngineSettings, followers: Sequence[Follower]) -> None:
     """Load, then serve until the server lets go or the group is lost. Ends the process: torch's groups may hold
     threads that wait for ever."""
     torch.set_num_threads(settings.threads)
     connection = Connection(socket.socket(fileno=control_fd))
-    worker = RingWorker(connection, FrameMemory(memory_fd, FrameLayout.of(settings)), settings)
+    worker = RingWorker(connection, FrameMemory(memory_fd, FrameLayout.of(settings)), settings, followers)
     code = 1
     try:
         worker.load()
@@ -373,8 +411,3 @@ def main(control_fd: int, memory_fd: int, settings: EngineSettings) -> None:
     finally:
         worker.close()
         os._exit(code)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(levelname)s %(message)s")
-    main(int(sys.argv[1]), int(sys.argv[2]), EngineSettings.model_validate_json(sys.argv[3]))

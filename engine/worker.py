@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
-import statistics
 import sys
 import time
 from collections import deque
@@ -21,10 +20,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from engine.api import ChunkCostAt, EngineError, EngineState, Frames, StreamParams, Understood
-from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
-from engine.cost_file import CostFile, Learned, cost_file, cpu_title
-from engine.cost_model import CostModel, Work, chunk_costs
+from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
+from engine.config import CacheConfig, EngineSettings, SamplingConfig
+from engine.cost_book import CostBook, Kinds
+from engine.cost_file import cpu_title
+from engine.cost_model import Work
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.health import ChunkFigures, Verdict
 from engine.lanes import Download
@@ -32,7 +32,6 @@ from engine.memory import MemoryPlan, check, plan_of, pool_streams, small_size
 from engine.messages import (
     Close,
     Closed,
-    Costs,
     Done,
     Dropped,
     FromRank,
@@ -49,22 +48,11 @@ from engine.pipeline import Pipeline
 from engine.scheduler import Drop, Item, Picked, Scheduler
 from engine.session import SessionState
 from engine.wan.weights import Model, load_model
+from engine.warm_up import WARM_UP_PROMPT, warm_up
 
 log = logging.getLogger(__name__)
 
-WARM_UP_CHUNKS = 5
-WARM_UP_PROMPT = "watercolor painting"
 TEXT_POLL_S = 0.5
-# What the profile of other steps, sizes and numbers of streams may take at the start; the rest is learned in service.
-PROFILE_S = 5.0
-# Passes of each number of steps in the profile; the first is not counted.
-PROFILE_PASSES = 4
-# The server is told of costs that have moved by this share, at most this often.
-COST_MOVE = 0.03
-COST_PAUSE_S = 0.5
-TRANSIT_MOVE_S = 0.005
-# Fewer passes in service tell no more than the warm-up did, and are not kept for the next run.
-KEPT_PASSES = 20
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -151,19 +139,12 @@ class Worker:
         self._connection = connection
         self._memory = memory
         self._settings = settings
-        self._costs = CostModel()
+        self._book = CostBook(settings, connection.send)
         self._scheduler: Scheduler
         self._streams: dict[int, Stream] = {}
         # The results of one pass are copied out while the next is made.
         self._passes: deque[_Pass] = deque()
         self._last_finish = float("-inf")
-        self._told_costs = Costs(chunk_cost_s=0.0, costs=(), state_bytes=0)
-        self._told_costs_at = float("-inf")
-        self._cost_file: CostFile | None = None
-        # Passes the cost model had seen when it was kept last.
-        self._kept_passes = 0
-        # By which a chunk comes back later than its cost: of a ring.
-        self._transit_s = 0.0
         self._pipeline: Pipeline
         # The same model at a smaller size, where it has one.
         self._small: Pipeline | None = None
@@ -179,7 +160,7 @@ class Worker:
         device = torch.device(settings.device)
         dtype = dtype_of(settings)
         plan = check_fits(settings, device)
-        learned = self._recall(device, plan)
+        self._recall(device, plan)
         model = load_model(
             settings.model_dir,
             device,
@@ -197,108 +178,33 @@ class Worker:
             time.sleep(TEXT_POLL_S)
         if (size := small_size(settings, profile)) is not None:
             self._small = make_pipeline(model, settings, size=size, beside=self._pipeline)
-        self._profile(self._warm_up(profile), learned)
+        passes = warm_up(self._pipeline, self._small, settings, self._book, self._tell)
+        pool = self._pipeline.pool
+        kinds = Kinds(
+            profile.steps,
+            self._pipeline.max_steps,
+            pool.window,
+            small=self._small is not None,
+            light=model.light_vae is not None,
+        )
+        self._book.begin(passes, kinds, time.monotonic())
         self._pipeline.batch.seal()
         self._scheduler = Scheduler(
-            self._costs,
+            self._book.model,
             micro_batch=settings.micro_batch,
             chunk_latents=settings.chunk_latents,
             pipeline=settings.mode == "batch",
-            window=self._pipeline.pool.window,
+            window=pool.window,
         )
-        self._tell_costs(time.monotonic(), plan.stream_bytes)
         self._connection.send(Status(state=EngineState.READY, percent=100, chunk_frames=profile.chunk_frames))
 
-    def _warm_up(self, profile: ServingProfile) -> list[tuple[Work, float]]:
-        """Render until everything runs at its usual speed; returns what passes of each kind took then, in seconds.
-
-        With compiled passes also what else may come: other numbers of steps, and several streams in a pass.
-        """
-        settings, pipeline = self._settings, self._pipeline
-        params = StreamParams(prompt=WARM_UP_PROMPT, steps=profile.steps)
-        first, later = (
-            np.zeros((count, settings.height, settings.width, 3), np.uint8)
-            for count in (profile.first_chunk_frames, profile.chunk_frames)
-        )
-        taken: dict[Work, list[float]] = {}
-
-        def chunk(pipeline: Pipeline, streams: Sequence[SessionState]) -> None:
-            started = time.monotonic()
-            jobs = [(state, pipeline.upload(later if state.chunks else first)) for state in streams]
-            for rendered in pipeline.tick(jobs):
-                if rendered.frames is not None:
-                    pipeline.lanes.download(rendered.frames).wait()
-            if pipeline.work is not None:
-                taken.setdefault(pipeline.work, []).append(time.monotonic() - started)
-
-        # Past the filling of the window: from then on every chunk costs the same.
-        chunks = max(WARM_UP_CHUNKS, pipeline.pool.window + 2)
-        states = [pipeline.open(params)]
-        for done in range(chunks):
-            self._tell(EngineState.WARMING, 55 + 40 * done // chunks, "warming up")
-            chunk(pipeline, states)
-        until = time.monotonic() + PROFILE_S
-        for which in (pipeline, self._small):
-            if which is None:
-                continue
-            percent = 95
-            if which is self._small:
-                percent, states = 97, [which.open(params)]
-                for _ in range(chunks):
-                    chunk(which, states)
-            # Cost goes straight with steps; only compilation has to see each number.
-            ends = {1, profile.steps, pipeline.max_steps}
-            for steps in range(1, pipeline.max_steps + 1) if settings.compile else sorted(ends):
-                self._tell(EngineState.WARMING, percent, f"measuring {steps} steps")
-                which.set_params(states[0], params.model_copy(update={"steps": steps}))
-                for _ in range(max(PROFILE_PASSES, steps + 2)):
-                    if settings.compile or time.monotonic() < until:
-                        chunk(which, states)
-            if which.model.light_vae is not None:
-                self._tell(EngineState.WARMING, percent, "measuring the light VAE")
-                which.set_params(states[0], params.model_copy(update={"light": True}))
-                for _ in range(PROFILE_PASSES):
-                    chunk(which, states)
-                which.set_params(states[0], params)
-                # Back to the full one, whose first chunk is longer than the others.
-                chunk(which, states)
-            which.set_params(states[0], params)
-            for count in range(2, settings.micro_batch + 1):
-                self._tell(EngineState.WARMING, percent, f"measuring {count} streams in a pass")
-                states.append(which.open(params))
-                for _ in range(chunks):
-                    if settings.compile or time.monotonic() < until:
-                        chunk(which, states)
-            for state in states:
-                which.close(state)
-        # The first pass of a kind may be slow, and those over a window that is not yet full come once.
-        return [(work, statistics.median(seconds[1:])) for work, seconds in taken.items() if len(seconds) > 1]
-
-    def _recall(self, device: torch.device, plan: MemoryPlan) -> Learned | None:
-        """What an earlier run of this kind has learned; told at once, for sessions come before the warm-up is over."""
+    def _recall(self, device: torch.device, plan: MemoryPlan) -> None:
         title = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_title()
-        self._cost_file = cost_file(self._settings, title, plan.demand.vae)
-        learned = None if self._cost_file is None else self._cost_file.load()
-        if learned is not None:
-            told = Costs(chunk_cost_s=learned.chunk_cost_s, costs=learned.chunks, state_bytes=plan.stream_bytes)
-            self._connection.send(told)
-        return learned
-
-    def _profile(self, passes: Sequence[tuple[Work, float]], learned: Learned | None) -> None:
-        """Begin with what was measured now, and with what was learned where that agrees."""
-        standing = self._costs.profile(passes, None if learned is None else learned.costs)
-        self._kept_passes = self._costs.passes
-        if learned is not None and standing < len(passes):
-            log.info(
-                "of %d kinds of pass %d are not what was learned: measured anew", len(passes), len(passes) - standing
-            )
+        self._book.recall(title, plan)
 
     def keep_costs(self) -> None:
-        """Write down what was learned since the last time, for the next run, if that is enough to tell anything."""
-        if self._cost_file is None or self._costs.passes - self._kept_passes < KEPT_PASSES:
-            return
-        self._kept_passes = self._costs.passes
-        self._cost_file.save(self._costs, self._chunk_cost_s(), self._chunk_costs())
+        """Write down what was learned, for the next run."""
+        self._book.keep()
 
     def close(self) -> None:
         """Stop what the model keeps running beside this process."""
@@ -336,7 +242,7 @@ class Worker:
                 self._forget(message.stream)
                 self._connection.send(Closed(stream=message.stream))
                 if not self._streams:
-                    self.keep_costs()
+                    self._book.keep()
 
     def _open(self, message: Open) -> None:
         pipeline = self._pipeline_for(message.params)
@@ -457,44 +363,8 @@ class Worker:
         # Behind the pass before it on the same device it has only waited.
         now = time.monotonic()
         seconds, self._last_finish = now - max(done.started_at, self._last_finish), now
-        if done.work is not None and self._costs.observe(done.work, seconds):
-            self._tell_costs(now, self._told_costs.state_bytes)
-
-    def _tell_costs(self, now: float, state_bytes: int) -> None:
-        """Tell the server what chunks cost, if that has moved and was not told just now."""
-        if now - self._told_costs_at < COST_PAUSE_S:
-            return
-        costs = self._chunk_costs()
-        if all(
-            abs(new.mean_s - old.mean_s) <= COST_MOVE * old.mean_s
-            and abs(new.upper_s - old.upper_s) <= COST_MOVE * old.upper_s
-            for new, old in zip(costs, self._told_costs.costs, strict=False)
-        ) and (len(costs), self._transit_moved()) == (len(self._told_costs.costs), False):
-            return
-        self._told_costs, self._told_costs_at = (
-            Costs(chunk_cost_s=self._chunk_cost_s(), costs=costs, state_bytes=state_bytes, transit_s=self._transit_s),
-            now,
-        )
-        self._connection.send(self._told_costs)
-
-    def _chunk_costs(self) -> tuple[ChunkCostAt, ...]:
-        """See `Capacity.costs`."""
-        return chunk_costs(
-            self._costs,
-            range(1, self._pipeline.max_steps + 1),
-            window=self._pipeline.pool.window,
-            has_small=self._small is not None,
-            has_light=self._pipeline.model.light_vae is not None,
-        )
-
-    def _chunk_cost_s(self) -> float:
-        """See `Capacity.chunk_cost_s`."""
-        steps, window = self._settings.profile.steps, self._pipeline.pool.window
-        return self._costs.mean_s(Work.of_chunk(steps, window=window))
-
-    def _transit_moved(self) -> bool:
-        told_s = self._told_costs.transit_s
-        return abs(self._transit_s - told_s) > max(TRANSIT_MOVE_S, COST_MOVE * told_s)
+        if done.work is not None:
+            self._book.observe(done.work, seconds, now)
 
     def _send(self, result: Result, stream: Stream, frames: Frames | None, figures: Sequence[float] | None) -> None:
         """Hand one chunk over: the model's picture, or the camera's where that must not be shown."""

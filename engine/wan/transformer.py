@@ -180,6 +180,12 @@ class CrossAttention(nn.Module):
         return out
 
 
+def _modulation(rows: int, dim: int) -> nn.Parameter:
+    values = torch.empty(rows, dim)
+    # Without values, before the weights are loaded, either would import torch's compiler: a second of a start.
+    return nn.Parameter(values if values.is_meta else values.normal_() / dim**0.5)
+
+
 class Block(nn.Module):
     """One transformer block; its six modulation vectors are its table plus the shared time projection, and are made by
     the whole (`CausalTransformer._modulations`)."""
@@ -187,7 +193,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+        self.modulation = _modulation(6, config.dim)
         self.self_attn = SelfAttention(config)
         self.cross_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
@@ -296,7 +302,7 @@ class CausalTransformer(nn.Module):
         self.time_project = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.pooled_embed = nn.Linear(config.text_dim, dim) if config.pooled_text else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head_modulation = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.head_modulation = _modulation(2, dim)
         self.head = nn.Linear(dim, config.latent_channels * area)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

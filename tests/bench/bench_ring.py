@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.api import StreamParams
 from engine.partition import partition
-from engine.ring_group import Loader, RingGroup, RingSpec, RingStats
+from engine.ring_group import RingGroup, RingStats
+from engine.ring_rank import Loader, RingSpec
 from tests.engine.ring_models import deep, embedded
 from tests.engine.streams import camera
 

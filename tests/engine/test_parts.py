@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.chain import chain_of
 from engine.wan.presets import LIVEBRUSH_TINY
 from engine.wan.taehv import TAEHV
 from engine.wan.transformer import CausalTransformer
@@ -13,6 +14,8 @@ from engine.wan.untrained import untrained_model
 from engine.wan.vae import Carried, Memory, Part, StreamVAE, TinyVAEConfig, VAEState
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 from engine.wan.wan_vae import WanVAE
+from engine.wan.weights import Model
+from tests.engine import ring_models
 
 HEIGHT, WIDTH = 16, 24
 
@@ -70,6 +73,30 @@ def test_parts_in_a_row_are_the_whole(name: str, split: tuple[int, ...]) -> None
         for apart, state in ((encoder, encoding), (decoder, decoding)):
             kept = [tensor for memory in apart.memories for tensor in memory]
             assert all(torch.equal(one, other) for one, other in zip(kept, state.memory, strict=True))
+
+
+@pytest.mark.parametrize("name", ["embedded", "wan", "light"])
+@torch.inference_mode()
+def test_a_chain_knows_what_its_units_keep_and_hand_on(name: str) -> None:
+    model: Model = getattr(ring_models, name)(0)
+    height, width, span, streams = 64, 96, 2, 3
+    chain = chain_of(model, width, height, span=span, streams=streams, rows=1)
+    channels, size = model.config.transformer.latent_channels, (height // 8, width // 8)
+    kept: list[int] = []
+    most = 0
+    for parts, x in (
+        (model.vae.encode_parts(), torch.zeros(1, 4 * span, 3, height, width)),
+        (model.vae.decode_parts(), torch.zeros(1, span, channels, *size)),
+    ):
+        apart = Apart(parts)
+        apart.run(x[:, :1])
+        carried: Carried = (x,)
+        for number, part in enumerate(parts):
+            carried, memory = part.run(carried, apart.memories[number])
+            kept.append(streams * sum(tensor.numel() * tensor.element_size() for tensor in memory))
+            most = max(most, sum(tensor.numel() for tensor in carried))
+    assert [chain.unit_bytes[unit] for unit in (*chain.encode, *chain.decode)] == kept and sum(kept)
+    assert chain.carried >= most
 
 
 def test_a_wan_autoencoder_falls_into_its_stages() -> None:

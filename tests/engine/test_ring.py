@@ -14,8 +14,9 @@ from torch import Tensor
 from engine.api import EngineError, RankLost, StreamParams
 from engine.partition import even_split, partition, stage_times
 from engine.pipeline import Mode, Pipeline
-from engine.ring_group import RingGroup, RingResult, RingSpec, make_head
+from engine.ring_group import RingGroup, RingResult
 from engine.ring_orders import Change, Kind, Layout, Order
+from engine.ring_rank import RingSpec, make_head
 from engine.wan.weights import Model
 from tests.engine.ring_models import BLOCK_S, PACED_LAYERS, Paced, averaged, embedded, flow, light, renewed, wan
 from tests.engine.streams import camera

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from pydantic import ValidationError
 from engine.api import EngineState, EngineStream, FrameChunk, RankLost, RenderedChunk, StreamParams
 from engine.client import LocalEngine
 from engine.config import EngineSettings
+from engine.cost_book import KEPT_PASSES
 from engine.wan.untrained import write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import WARM_UP_PROMPT, dtype_of, make_pipeline
+from engine.warm_up import WARM_UP_PROMPT
+from engine.worker import dtype_of, make_pipeline
 
 SIZE = 64
 FAR = 1e12
@@ -106,6 +110,59 @@ async def test_a_ring_shows_what_one_rank_shows_and_serves_streams_side_by_side(
     assert len(processes) == 2
     await engine.close()
     await gone(processes)
+
+
+def test_a_rank_starts_without_torchs_compiler(model_dir: Path) -> None:
+    """Which is over half of what a start costs, and comes with any arithmetic on torch's meta device."""
+    settings = settings_of(model_dir).model_dump_json()
+    code = f"""
+import sys
+from dataclasses import replace
+from engine.config import EngineSettings
+from engine.cost_book import KEPT_PASSES
+from engine.ring_worker import RankLoader, make_head, spec_of
+settings = EngineSettings.model_validate_json({settings!r})
+make_head(RankLoader(settings).load(0, print), replace(spec_of(settings), ranks=1), 0)
+sys.exit(",".join({{"torch._dynamo", "sympy"}} & set(sys.modules)) or 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+async def test_a_ring_begins_with_what_an_earlier_one_has_learned(model_dir: Path, tmp_path: Path) -> None:
+    """After a loss too: nobody said goodbye, and what was learned in service is there all the same."""
+    engine = LocalEngine(settings_of(model_dir, costs_dir=tmp_path))
+    details: list[str] = []
+
+    async def ready() -> None:
+        async with asyncio.timeout(240):
+            while engine.status.state is not EngineState.READY:
+                details.append(engine.status.detail)
+                await asyncio.sleep(0.005)
+
+    await engine.start()
+    await ready()
+    assert any("measuring" in detail for detail in details)
+    # A machine with other work may have become twice as slow meanwhile, which is measured anew.
+    for _ in range(3):
+        details.clear()
+        async with engine.open_stream("a", NEON) as stream:
+            await render(stream, range(KEPT_PASSES + 4))
+            assert list(tmp_path.iterdir())
+            os.kill(ranks_of(engine)[1].pid, signal.SIGKILL)
+            stream.submit(chunk(KEPT_PASSES + 4))
+            with pytest.raises(RankLost):
+                await take(stream, 2)
+        await ready()
+        assert any("warming" in detail for detail in details)
+        if not any("measuring" in detail for detail in details):
+            break
+    else:
+        raise AssertionError("measured anew each time")
+    assert [cost.steps for cost in engine.capacity.costs] == [1, 2, 3, 4]
+    async with engine.open_stream("a", NEON) as stream:
+        assert len(await render(stream, range(6))) == 6
+    await engine.close()
 
 
 async def test_a_wan_model_is_spread_too(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.api import EngineError, EngineState, Frames, StreamParams, Understood
 from engine.config import EngineSettings
+from engine.cost_book import KEPT_PASSES
 from engine.cost_model import Work
 from engine.frame_memory import FrameLayout, FrameMemory
 from engine.memory import plan_of
@@ -40,16 +41,8 @@ from engine.session import Item, SessionState
 from engine.wan.text_encoder import EncodedPrompt
 from engine.wan.untrained import SMALL_TAEHV, write_untrained_wan
 from engine.wan.weights import load_model
-from engine.worker import (
-    KEPT_PASSES,
-    WARM_UP_PROMPT,
-    Connection,
-    Disconnected,
-    Worker,
-    check_fits,
-    dtype_of,
-    make_pipeline,
-)
+from engine.warm_up import WARM_UP_PROMPT
+from engine.worker import Connection, Disconnected, Worker, check_fits, dtype_of, make_pipeline
 
 SIZE, FAR = 32, 1e12
 MODES: tuple[Mode, ...] = ("sequential", "batch")
@@ -181,7 +174,7 @@ def test_costs_come_before_ready_and_follow_the_device(
     assert 0 < len(told) <= 12
     assert told[-1].chunk_cost_s == pytest.approx(1.0, rel=0.2)
     # Nothing new to tell.
-    monkeypatch.setattr("engine.worker.COST_MOVE", 9.0)
+    monkeypatch.setattr("engine.cost_book.COST_MOVE", 9.0)
     rank.submit(12)
     assert len(rank.answers(Costs)) == len(told)
 
@@ -198,6 +191,7 @@ def test_what_a_run_has_learned_the_next_begins_with(
     first = rank_of(costs_dir=tmp_path / "costs")
     slow = SlowClock(first.pipeline, pass_s=1.0)
     monkeypatch.setattr("engine.worker.time", slow)
+    monkeypatch.setattr("engine.warm_up.time", slow)
     # Too few passes to tell anything, then enough; the first two are taken for outliers.
     serve(first, KEPT_PASSES - 1)
     assert not (tmp_path / "costs").exists()
@@ -607,7 +601,7 @@ def test_small_means_nothing_where_the_model_has_no_smaller_size(rank_of: Callab
 def test_two_waiting_chunks_are_rendered_as_one_and_come_back_as_two(rank_of: Callable[..., Rank]) -> None:
     rank = rank_of(chunk_latents=2)
     # A pass costs as much as a chunk, so that half of it is gained.
-    rank.worker._costs.profile([(Work(1, 1, 1, 3), 0.010), (Work(2, 1, 2, 6), 0.011)])
+    rank.worker._book.model.profile([(Work(1, 1, 1, 3), 0.010), (Work(2, 1, 2, 6), 0.011)])
     rank.say(Open(stream=0, params=StreamParams(prompt="neon")))
     rank.submit(0, frames=1)
     rank.say(rank.submit(1, now=False), rank.submit(2, now=False))
