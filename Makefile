@@ -35,6 +35,7 @@ drills:  ## break it and watch: an engine four times slower in mid-stream; a min
 	@$(BIN)/python tests/bench/drill_slowdown.py $(ARGS)
 	@$(BIN)/python tests/bench/drill_fuzz.py
 	@$(BIN)/python tests/bench/drill_network.py --seconds 6
+	@$(BIN)/python tests/bench/drill_viewers.py --seconds 6 --players 3
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train

@@ -41,13 +41,14 @@ class OutgoingVideo(MediaStreamTrack):
 
     kind = "video"
 
-    def __init__(self, counters: Counter[str]) -> None:
+    def __init__(self, counters: Counter[str], first_at: float | None = None) -> None:
+        """first_at: the instant of tick 0; that of the first picture where none is given."""
         super().__init__()
         self.unsent: deque[tuple[int, str]] = deque(maxlen=MAX_UNSENT)
         self._counters = counters
         self._held: deque[ReleasedFrame] = deque()
         self._ready = asyncio.Event()
-        self._first_at: float | None = None
+        self._first_at = first_at
         self._ticks = -1
 
     def push(self, frame: OutgoingFrame, now: float) -> None:

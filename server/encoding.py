@@ -98,6 +98,24 @@ class BitratePolicy:
         self._ahead_at = 0.0
 
     @property
+    def has_heard(self) -> bool:
+        """Whether the receiver has said anything of what it can take."""
+        return self._estimate is not None or self._loss_bound is not None
+
+    @property
+    def target(self) -> int:
+        """What the receiver can take, in bit/s; `bitrate` follows it in steps."""
+        return self._wanted if self._loss_bound is None else min(self._wanted, round(self._loss_bound))
+
+    def is_limited(self, now: float) -> bool:
+        """Whether the receiver has complained of late."""
+        return now < self._limited_until or self._loss_bound is not None
+
+    def begin_at(self, bitrate: int) -> None:
+        """Go on from this bitrate, in bit/s, at which others get the same pictures."""
+        self._current = self._wanted = self._bounded(bitrate)
+
+    @property
     def sends_twice(self) -> bool:
         """Whether so many packets are lost by chance that each is better sent twice."""
         return self._chance_loss > TWICE_LOSS
@@ -118,7 +136,7 @@ class BitratePolicy:
         self._drain(now)
         if now >= self._tight_until:
             return True
-        return now >= self._full_until and self._ahead_bits <= AHEAD_S * self._target
+        return now >= self._full_until and self._ahead_bits <= AHEAD_S * self.target
 
     def lost(self, share: float, queue_s: float, now: float) -> None:
         """Take a receiver report: the share of packets lost, 0 to 1, and the round trip over its shortest."""
@@ -168,7 +186,7 @@ class BitratePolicy:
         """Return the bitrate to encode the next frame at, in bit/s."""
         if self._changed_at is None:
             self._changed_at = now
-        target = self._target
+        target = self.target
         is_urgent = target < self._current / 2 or (target < self._current and now < self._tight_until)
         interval_s = FALL_INTERVAL_S if is_urgent else STEP_INTERVAL_S
         is_step = abs(target - self._current) >= STEP * self._current
@@ -176,12 +194,8 @@ class BitratePolicy:
             self._current, self._changed_at = target, now
         return self._current
 
-    @property
-    def _target(self) -> int:
-        return self._wanted if self._loss_bound is None else min(self._wanted, round(self._loss_bound))
-
     def _drain(self, now: float) -> None:
-        self._ahead_bits = max(0.0, self._ahead_bits - (now - self._ahead_at) * self._target)
+        self._ahead_bits = max(0.0, self._ahead_bits - (now - self._ahead_at) * self.target)
         self._ahead_at = now
 
     def _bounded(self, bitrate: int) -> int:

@@ -1,4 +1,6 @@
-"""Sending again what was lost. The packets, their history and the RTX format are aiortc's; what differs:
+"""Sending again what was lost, and hearing what the receiver can take.
+
+The packets, their history and the RTX format are aiortc's; what differs:
 
 * A repeat says when it is sent itself. aiortc leaves the time of the original in it (abs-send-time), which a receiver
   takes for a delay of the network: at 10 % loss its estimate fell by 15 % again and again, to where no picture was
@@ -8,7 +10,8 @@
 * Nothing older than a key frame that was asked for: who asked for one has given up the rest.
 * While the network is tight, repeats need room like pictures.
 
-Private fields of RTCRtpSender that are read: its packet history, and when its last report left.
+Private fields of RTCRtpSender that are read: its packet history, the time stamp of the last packet, and when its last
+report left.
 tests/server/test_repeats.py fails when an upgrade moves them.
 """
 
@@ -21,15 +24,20 @@ from collections import Counter, deque
 from aiortc import RTCDtlsTransport, RTCRtpSender, clock
 from aiortc.mediastreams import MediaStreamTrack
 from aiortc.rtp import (
+    RTCP_PSFB_APP,
     RTCP_RTPFB_NACK,
     RTP_HISTORY_SIZE,
     AnyRtcpPacket,
+    RtcpPsfbPacket,
     RtcpReceiverInfo,
     RtcpRrPacket,
     RtcpRtpfbPacket,
     RtcpSrPacket,
     RtpPacket,
+    unpack_remb_fci,
 )
+
+from server.encoding import BitratePolicy
 
 SAMPLES = 32
 MAX_ROUND_TRIP_S = 10.0
@@ -59,22 +67,21 @@ class RoundTrip:
 
 
 class RepeatingSender(RTCRtpSender):
-    """Answers who asks for packets again.
+    """Answers who asks for packets again, and tells `policy` what the receiver says of the network.
 
     counters: `packets_repeated`, and of those asked for but not repeated `repeats_spared` (one is on its way),
     `repeats_gone` (too old) and `repeats_left_out` (no room).
     """
 
-    def __init__(self, track: MediaStreamTrack, transport: RTCDtlsTransport, counters: Counter[str]) -> None:
+    def __init__(
+        self, track: MediaStreamTrack, transport: RTCDtlsTransport, counters: Counter[str], policy: BitratePolicy
+    ) -> None:
         super().__init__(track, transport)
+        self.policy = policy
         self.round_trip = RoundTrip()
         self._repeat_counters = counters
         # By place in the history: which packet was repeated there last, and when.
         self._repeated: dict[int, tuple[int, float]] = {}
-
-    def has_room_to_repeat(self, bits: int, now: float) -> bool:
-        """Whether so much may be sent besides the pictures; takes note of it if so."""
-        return True
 
     def forget_sent(self) -> None:
         """Repeat nothing of what was sent so far."""
@@ -89,11 +96,37 @@ class RepeatingSender(RTCRtpSender):
         return [packet.sequence_number for packet in packets]
 
     @property
+    def wire_timestamp(self) -> int:
+        """RTP timestamp of the last packet sent.
+
+        Private, because the sending loop adds a random origin that it keeps in a local variable; this field, made
+        for its sender reports, is the only place where the sum is kept.
+        """
+        timestamp: int = self._RTCRtpSender__rtp_timestamp  # type: ignore[attr-defined]
+        return timestamp
+
+    async def send_again_if_many_are_lost(self) -> None:
+        """Send the last frame's packets a second time while so many are lost by chance that this is better."""
+        if self.policy.sends_twice:
+            for sequence_number in self.last_frame(self.wire_timestamp):
+                await self._retransmit(sequence_number)
+
+    @property
     def _history(self) -> dict[int, RtpPacket]:
         history: dict[int, RtpPacket] = self._RTCRtpSender__rtp_history  # type: ignore[attr-defined]
         return history
 
     async def _handle_rtcp_packet(self, packet: AnyRtcpPacket) -> None:
+        now = time.monotonic()
+        if isinstance(packet, RtcpPsfbPacket) and packet.fmt == RTCP_PSFB_APP:
+            try:
+                bitrate, sources = unpack_remb_fci(packet.fci)
+            except ValueError:
+                self._repeat_counters["rtcp_malformed"] += 1
+                return
+            if self._ssrc in sources:
+                self.policy.report(bitrate, now)
+            return
         if isinstance(packet, RtcpRtpfbPacket) and packet.fmt == RTCP_RTPFB_NACK:
             # One report may list six thousand packets, or one a thousand times; there are 128 to repeat.
             packet.lost = list(dict.fromkeys(packet.lost))[:RTP_HISTORY_SIZE]
@@ -101,6 +134,7 @@ class RepeatingSender(RTCRtpSender):
             for report in packet.reports:
                 if report.ssrc == self._ssrc:
                     self._measure(report)
+                    self.policy.lost(report.fraction_lost / 256, self.round_trip.queue_s, now)
         await super()._handle_rtcp_packet(packet)
 
     def _measure(self, report: RtcpReceiverInfo) -> None:
@@ -121,9 +155,10 @@ class RepeatingSender(RTCRtpSender):
         if repeated == sequence_number and now - repeated_at < AGAIN_SHARE * self.round_trip.latest_s:
             self._repeat_counters["repeats_spared"] += 1
             return
-        if not self.has_room_to_repeat(8 * len(packet.payload), now):
+        if not self.policy.has_room(now):
             self._repeat_counters["repeats_left_out"] += 1
             return
+        self.policy.sent(8 * len(packet.payload), now)
         self._repeated[place] = sequence_number, now
         self._repeat_counters["packets_repeated"] += 1
         packet.extensions.abs_send_time = (clock.current_ntp_time() >> 14) & 0x00FFFFFF

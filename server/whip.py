@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from engine.api import StreamParams
 from server.bodies import read_body
-from server.broadcast import Broadcast, Feed
+from server.broadcast import Broadcast
 from server.control import ControlError, SessionChange, check_steps
 from server.errors import (
     BadRequest,
@@ -44,6 +44,7 @@ from server.sdp_gate import MAX_BYTES, check_offer
 from server.session import Session
 from server.session_context import SessionContext
 from server.turn import ice_servers
+from server.viewers import Feed
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +293,12 @@ class Whip(Collector):
         if count >= most:
             raise Full(f"all {most} places for viewers are taken (max_viewers)", retry_after_s=VIEWERS_FULL_RETRY_S)
         answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        viewer = Viewer(new_session_id(self._context.node), _ufrag(offer_sdp), Feed(stream.broadcast, form), answered)
+        viewer = Viewer(
+            new_session_id(self._context.node),
+            _ufrag(offer_sdp),
+            Feed(stream.broadcast, self._context.settings.media, form),
+            answered,
+        )
         stream.viewers[viewer.id] = viewer
         viewer.task = asyncio.create_task(self._run_viewer(stream, viewer, offer_sdp), name=f"{viewer.id}/viewer")
         async with asyncio.timeout(NEGOTIATION_TIMEOUT_S + CLOSE_TIMEOUT_S):

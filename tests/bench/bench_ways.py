@@ -16,44 +16,21 @@ import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 # A script of its own: its folder, not the repository, is on the path.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import aiohttp
 import aioice.ice
-from aiortc import RTCSessionDescription
 
 from tests.e2e.serving import Server
-from tests.net.client import HEIGHT, WIDTH, HardClient, Seen, demo_pictures, linked
-from tests.net.link import Link
+from tests.net.client import HEIGHT, WIDTH, Seen, demo_pictures, linked
+from tests.net.watching import watched
 
 MAX_DIFFERENCE_S = 0.1
 WARM_UP_S = 3.0
 LATE_S = 0.7
-STREAM = "bench?prompt=neon&strength=0"
-
-
-class OneWay(HardClient):
-    """A client of WHIP or WHEP: its connection sends only, or receives only."""
-
-    url = ""
-
-    async def enter(self, http: aiohttp.ClientSession, base: str, path: str, direction: str) -> None:
-        """Offer; raises RuntimeError when that is refused."""
-        connection = self._connection
-        connection.getTransceivers()[0].direction = direction
-        await connection.setLocalDescription(await connection.createOffer())
-        offer = connection.localDescription.sdp
-        async with http.post(base + path, data=offer, headers={"Content-Type": "application/sdp"}) as response:
-            text = await response.text()
-            if response.status != 201:
-                raise RuntimeError(f"{path}: {response.status} {text}")
-            self.url = base + response.headers["Location"]
-        await connection.setRemoteDescription(RTCSessionDescription(text, "answer"))
 
 
 async def page(server: Server, seconds: float) -> Seen:
@@ -67,30 +44,16 @@ async def page(server: Server, seconds: float) -> Seen:
 
 async def whip_whep(server: Server, seconds: float) -> Seen:
     """In by one connection, out by another."""
-    pool = ThreadPoolExecutor(4, thread_name_prefix="client-codec")
-    async with aiohttp.ClientSession() as http, Link() as unused:
-        publisher, player = (OneWay(server.url, unused, http, demo_pictures(), pool) for _ in range(2))
-        player.journal = publisher.journal
-        try:
-            await publisher.enter(http, server.url, f"/whip/{STREAM}", "sendonly")
-            publisher.film()
-            await player.enter(http, server.url, "/whep/bench", "recvonly")
-            await player.until_seen(5)
-            await asyncio.sleep(WARM_UP_S)
-            begin = time.monotonic()
-            await asyncio.sleep(seconds + 1)
-            return player.journal.between(begin, begin + seconds, LATE_S)
-        finally:
-            for client in (player, publisher):
-                if client.url:
-                    await http.delete(client.url)
-                await client.close()
-            pool.shutdown(wait=False)
+    async with watched(server.url, demo_pictures(), 1) as (_, ((player, _link),)):
+        await asyncio.sleep(WARM_UP_S)
+        begin = time.monotonic()
+        await asyncio.sleep(seconds + 1)
+        return player.journal.between(begin, begin + seconds, LATE_S)
 
 
 async def bench(options: argparse.Namespace) -> int:
     """Returns the exit status."""
-    aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: ["127.0.0.1"]
+    aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: []  # loopback only
     ways = {}
     for name, way in (("page", page), ("whip_whep", whip_whep)):
         with (

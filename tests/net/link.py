@@ -48,11 +48,15 @@ class Impairment:
 
 
 class Way:
-    """One direction. counters: datagrams `carried`, `lost`, `queue_full`, `black_hole`, `corrupted`, `duplicated`."""
+    """One direction. counters: datagrams `carried`, `lost`, `queue_full`, `black_hole`, `corrupted`, `duplicated`.
+
+    carried_bytes: of the `carried`.
+    """
 
     def __init__(self, seed: int) -> None:
         self.impairment = Impairment()
         self.counters: Counter[str] = Counter()
+        self.carried_bytes = 0
         self._random = random.Random(seed)
         self._in_burst = False
         self._line_free_at = 0.0
@@ -84,6 +88,7 @@ class Way:
             data = data[:place] + bytes([data[place] ^ (1 << self._random.randrange(8))]) + data[place + 1 :]
             self.counters["corrupted"] += 1
         self.counters["carried"] += 1
+        self.carried_bytes += len(data)
         if chance() < how.duplication:
             self.counters["duplicated"] += 1
             return [(at, data), (at, data)]

@@ -17,12 +17,13 @@ import pytest
 from aiortc.codecs import CODECS
 from numpy.typing import NDArray
 
-from server.broadcast import Broadcast, Subscription
+from server.broadcast import Broadcast
 from server.errors import BadRequest
 from server.frames import OutgoingFrame
 from server.matte import Cutter, Form, MatteProcess, asked_form, before_green, cleaned, packed, refined
 from server.matte_process import HEIGHT, MATTE_BYTES, MODEL, PICTURE_BYTES, WIDTH, rest_s
 from server.settings import MediaSettings
+from server.viewers import Pictures
 
 PATIENCE_S = 60.0
 CLIP = Path(__file__).parents[2] / "web" / "demo" / "people.mp4"
@@ -220,10 +221,10 @@ async def test_only_who_asks_is_cut_out_and_the_last_one_ends_it(
     codec = next(one for one in CODECS["video"] if one.name == "VP8")
     broadcast = Broadcast(MediaSettings(), executor, matte)
 
-    def viewer(form: Form) -> Subscription:
-        subscription = Subscription("video", broadcast.counters, broadcast.unsubscribe)
-        broadcast.subscribe(subscription, codec, form)
-        return subscription
+    def viewer(form: Form) -> Pictures:
+        pictures = Pictures(MediaSettings(), broadcast.counters, broadcast.unsubscribe)
+        broadcast.watch(pictures, codec, form)
+        return pictures
 
     plain = viewer(Form.PLAIN)
     broadcast.push(OutgoingFrame(0, 0.0, GREY, 0))

@@ -165,7 +165,7 @@ async def test_nothing_older_than_a_key_frame_that_was_asked_for_is_repeated() -
 
 async def test_repeats_are_left_out_on_a_tight_network() -> None:
     async with Sending() as sending:
-        policy, now = sending.sender._policy, time.monotonic()
+        policy, now = sending.sender.policy, time.monotonic()
         policy.sent(1_000_000, now)
         now += 1.5
         policy.sent(0, now)
@@ -179,7 +179,7 @@ async def test_repeats_are_left_out_on_a_tight_network() -> None:
 async def test_every_packet_goes_twice_while_many_are_lost_by_chance() -> None:
     async with Sending() as sending:
         for second in range(4):
-            sending.sender._policy.lost(0.2, 0.0, float(second))
+            sending.sender.policy.lost(0.2, 0.0, float(second))
         sent = [packet.sequence_number for packet in await sending.frame()]
         await sending.frame()  # its turn comes once the frame before has left
         assert sending.repeats[-len(sent) :] == sent or sending.repeats[: len(sent)] == sent

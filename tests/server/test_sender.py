@@ -292,7 +292,7 @@ async def test_sender_follows_the_receiver_and_limits_what_it_can_be_made_to_do(
         sender = VideoSender(track, cast(Any, wire), pool, SETTINGS, counters)
         remb = RtcpPsfbPacket(fmt=RTCP_PSFB_APP, ssrc=1, media_ssrc=0, fci=pack_remb_fci(3_000_000, [sender._ssrc]))
         await sender._handle_rtcp_packet(remb)
-        assert sender._policy.bitrate(1e9) == 1_500_000 and sender._policy.bitrate(2e9) == 3_000_000
+        assert sender.policy.bitrate(1e9) == 1_500_000 and sender.policy.bitrate(2e9) == 3_000_000
         await sender._handle_rtcp_packet(RtcpPsfbPacket(fmt=RTCP_PSFB_APP, ssrc=1, media_ssrc=0, fci=b"junk"))
         assert counters["rtcp_malformed"] == 1
 
@@ -322,9 +322,9 @@ async def test_left_out_pictures_do_not_swell_the_next_one() -> None:
         for number in range(60):
             # 15 a second, then one a second as the rest finds no room.
             if number >= 40 and number % 4:
-                sender._policy.has_room = lambda now: False  # type: ignore[method-assign]
+                sender.policy.has_room = lambda now: False  # type: ignore[method-assign]
             else:
-                sender._policy.has_room = lambda now: True  # type: ignore[method-assign]
+                sender.policy.has_room = lambda now: True  # type: ignore[method-assign]
             picture = noise.integers(0, 255, (128, 128, 3), np.uint8)
             track.push(OutgoingFrame(number, 0.0, picture, 0), 100.0 + number / 15)
             if (frame := await sender._next_encoded_frame(VIDEO["VP8"])) is not None:

@@ -7,7 +7,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from aioice import stun
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
-from aiortc.codecs import CODECS
 from aiortc.mediastreams import AudioStreamTrack, MediaStreamError, MediaStreamTrack, VideoStreamTrack
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,11 +26,10 @@ from engine.api import StreamParams
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from server.app import running_server
-from server.broadcast import MAX_HELD, Encoded, Lane, Subscription
 from server.errors import ServerError
-from server.frames import OutgoingFrame
 from server.session_context import SessionContext
-from server.settings import MediaSettings, ServerSettings, TokenSettings
+from server.settings import ServerSettings, TokenSettings
+from server.viewers import MAX_PICTURES
 from server.whip import check_codecs, parse_fragment
 
 PATIENCE_S = 30.0
@@ -210,7 +207,7 @@ async def test_two_viewers_get_the_restyled_picture_and_it_is_encoded_once(house
     figures = Counter((await house.stream("studio"))["broadcast"])
     encoded, sent = (figures[name] - before[name] for name in ("frames_encoded", "video_frames_sent"))
     # What waited for a sender at either instant makes the difference to twice as many.
-    assert encoded >= 20 and abs(sent - 2 * encoded) <= 2 * MAX_HELD["video"]
+    assert encoded >= 20 and abs(sent - 2 * encoded) <= 2 * MAX_PICTURES
     assert (await house.stream("studio"))["viewers"] == 2
 
 
@@ -481,46 +478,6 @@ async def test_ice_servers_are_linked() -> None:
 
 
 # --- parts
-
-
-async def test_key_frames_are_made_on_demand_once_for_all_who_ask() -> None:
-    counters: Counter[str] = Counter()
-    codec = next(one for one in CODECS["video"] if one.name == "VP8")
-    with ThreadPoolExecutor(1) as executor:
-        lane = Lane(codec, MediaSettings(), executor, counters)
-        viewers = [Subscription("video", counters, lambda _: None) for _ in range(3)]
-        lane.subscriptions.update(dict.fromkeys(viewers))
-        for index in range(12):
-            for _ in viewers:
-                lane.ask_key_frame()
-            lane.push(OutgoingFrame(index, 0.0, np.full((64, 64, 3), 20 * index, np.uint8), 1), index / 24)
-            frames = [await viewer.next() for viewer in viewers]
-            assert frames[0] is frames[1] is frames[2]
-        lane.stop()
-    assert counters["frames_encoded"] == 12
-    assert 1 <= counters["key_frames_asked"] < 12
-
-
-async def test_a_viewer_who_is_behind_goes_on_from_a_key_frame() -> None:
-    counters: Counter[str] = Counter()
-    stopped: list[Subscription] = []
-    subscription = Subscription("video", counters, stopped.append)
-
-    def delta(ticks: int) -> Encoded:
-        return Encoded([b""], ticks, key_frame=False)
-
-    assert subscription.push(delta(0))  # nothing to build upon
-    assert not subscription.push(Encoded([b""], 1, key_frame=True))
-    for ticks in range(2, MAX_HELD["video"] + 1):
-        assert not subscription.push(delta(ticks))
-    assert subscription.push(delta(98)) and subscription.push(delta(99))
-    assert not subscription.push(Encoded([b""], 100, key_frame=True))
-    assert (await subscription.next()).ticks == 100
-    assert counters == {"viewer_frames_skipped": 2, "viewer_frames_dropped": MAX_HELD["video"] + 1}
-    subscription.stop()
-    with pytest.raises(MediaStreamError):
-        await subscription.next()
-    assert stopped == [subscription]
 
 
 def test_a_fragment_is_read_by_section() -> None:
