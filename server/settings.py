@@ -185,6 +185,9 @@ class ServerSettings(BaseModel):
         default="127.0.0.1",
         description="address to listen on for OSC, which knows no tokens: whoever reaches it steers every session",
     )
+    osc_unprotected: bool = Field(
+        default=False, description="let osc_host be an address that other machines reach; refused without"
+    )
     drain_s: float = Field(
         default=0.0,
         ge=0,
@@ -216,6 +219,11 @@ class ServerSettings(BaseModel):
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: set both, or none")
+        if self.osc_port is not None and not is_loopback(self.osc_host) and not self.osc_unprotected:
+            raise ValueError(
+                f"osc_host {self.osc_host} is reached from elsewhere, and OSC has no tokens: keep 127.0.0.1, or set"
+                " osc_unprotected = true on a network that is yours alone"
+            )
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy)

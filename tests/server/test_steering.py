@@ -22,6 +22,7 @@ from aiortc.mediastreams import VideoStreamTrack
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import Counter
+from pydantic import SecretStr
 from pythonosc.osc_bundle_builder import IMMEDIATELY, OscBundleBuilder
 from pythonosc.osc_message_builder import OscMessageBuilder
 
@@ -31,10 +32,10 @@ from livebrush_client import Api, Ended, Live, Refused, connect
 from server.app import running_server
 from server.metrics import ServerMetrics
 from server.openapi import document
-from server.osc import MAX_DATAGRAM_BYTES, OscError, OscListener, listening, load_parser
+from server.osc import DATAGRAMS_BURST, MAX_DATAGRAM_BYTES, OscError, OscListener, listening, load_parser
 from server.registry import SessionRegistry
 from server.session_context import SessionContext
-from server.settings import ServerSettings
+from server.settings import ServerSettings, TokenSettings
 from server.signalling import Signalling
 from server.steering import Steering
 
@@ -332,6 +333,25 @@ async def test_osc_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OscError, match=r"pip install 'livebrush\[osc\]'"):
         async with listening("127.0.0.1", 0, steering, count, time.monotonic):
             pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "desk.example"])
+def test_osc_on_an_address_that_others_reach_needs_a_word_of_its_own(host: str) -> None:
+    with pytest.raises(ValueError, match=r"OSC has no tokens: keep 127\.0\.0\.1, or set osc_unprotected"):
+        ServerSettings(osc_port=9000, osc_host=host, tokens=TokenSettings(publish=SecretStr("p" * 40)))
+    assert ServerSettings(osc_port=9000, osc_host=host, osc_unprotected=True).osc_host == host
+    assert ServerSettings(osc_host=host).osc_port is None  # off
+    for loopback in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        assert ServerSettings(osc_port=9000, osc_host=loopback).osc_host == loopback
+
+
+def test_a_flood_is_cut_and_counted() -> None:
+    count = Counter("osc", "", ["outcome"], registry=None)
+    listener = OscListener(cast(Steering, None), count, lambda: 1.0, load_parser())
+    for _ in range(DATAGRAMS_BURST + 50):
+        listener.datagram_received(b"", ("127.0.0.1", 1))
+    outcomes = {name: count.labels(name)._value.get() for name in ("broken", "too_fast")}
+    assert outcomes == {"broken": DATAGRAMS_BURST, "too_fast": 50}
 
 
 @given(st.binary(max_size=200), st.integers(0, 3))
