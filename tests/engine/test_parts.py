@@ -95,7 +95,8 @@ def test_a_chain_knows_what_its_units_keep_and_hand_on(name: str) -> None:
             carried, memory = part.run(carried, apart.memories[number])
             kept.append(streams * sum(tensor.numel() * tensor.element_size() for tensor in memory))
             most = max(most, sum(tensor.numel() for tensor in carried))
-    assert [chain.unit_bytes[unit] for unit in (*chain.encode, *chain.decode)] == kept and sum(kept)
+    assert [chain.unit_bytes[unit] for unit in (*chain.encode, *chain.decode)] == kept
+    assert sum(kept) > 0
     assert chain.carried >= most
 
 
