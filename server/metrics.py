@@ -7,6 +7,7 @@ shown as the camera, because the model's picture was not fit or on the camera ru
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter as Counts
 from collections import deque
@@ -124,10 +125,12 @@ class ServerMetrics:
         self.loop_lag = Gauge(
             "livebrush_loop_lag_seconds", "Worst event loop lag of the last second", registry=self.registry
         )
+        self.tasks = Gauge("livebrush_tasks", "Tasks of the event loop", registry=self.registry)
 
     def on_tick(self, loop_lag_s: float, chunk_cost_s: float, cpu_share: float) -> None:
         """What is sampled every few seconds rather than counted."""
         self.loop_lag.set(max(0.0, loop_lag_s))
+        self.tasks.set(len(asyncio.all_tasks()))
         self.chunk_cost.set(chunk_cost_s)
         self.cpu.set(cpu_share)
         self.cpu_share = cpu_share

@@ -76,6 +76,12 @@ class Server:
             raise RuntimeError(f"the server did not start: {line!r}; {self._log.read_text()[-2000:]}")
         self.url, self.port = found.group(0), int(found.group(1))
 
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """Ask the process to end; kill it when it does not."""
         if self._process is None:
@@ -122,18 +128,25 @@ class Server:
         """What the server has logged so far."""
         return self._log.read_text()
 
+    def metrics(self) -> str:
+        """The text of /metrics."""
+        admin = re.findall(r"metrics at (http://[\w.]+:\d+)/metrics", self._log.read_text())[-1]
+        return self.get("/metrics", admin)
+
     def ended(self) -> dict[str, int]:
         """Sessions ended so far, by reason."""
-        admin = re.findall(r"metrics at (http://[\w.]+:\d+)/metrics", self._log.read_text())[-1]
-        rows = re.findall(r'livebrush_sessions_ended_total\{reason="(\w+)"\} ([\d.]+)', self.get("/metrics", admin))
+        rows = re.findall(r'livebrush_sessions_ended_total\{reason="(\w+)"\} ([\d.]+)', self.metrics())
         return {reason: int(float(count)) for reason, count in rows}
+
+    def family(self) -> list[psutil.Process]:
+        """The server's process, and those that it has started."""
+        assert self._process is not None
+        process = psutil.Process(self._process.pid)
+        return [process, *process.children(recursive=True)]
 
     def memory_mb(self) -> float:
         """Resident memory of the server and its rank processes, in MiB."""
-        assert self._process is not None
-        process = psutil.Process(self._process.pid)
-        family = [process, *process.children(recursive=True)]
-        return float(sum(member.memory_info().rss for member in family)) / 2**20
+        return float(sum(member.memory_info().rss for member in self.family())) / 2**20
 
 
 class GatewayProcess(Server):

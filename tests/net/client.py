@@ -173,7 +173,6 @@ class HardClient(LoadClient):
         self.unread = 0
         self._pictures = pictures
         self._fps = fps
-        self._http = http
         none = EncodedClip((ClipPicture((), True),), fps, WIDTH, HEIGHT)
         super().__init__(0, url, http, none, pool, ServerClock(), decodes=True)
         self._api = LinkedApi(url, link, http)

@@ -12,9 +12,9 @@ from engine.config import EngineSettings
 from engine.fake import FakeEngine
 from server.app import running_server
 from server.settings import ServerSettings
-from tests.net.client import HEIGHT, WIDTH, demo_pictures
+from tests.net.client import HEIGHT, WIDTH, HardClient, demo_pictures
 from tests.net.link import Impairment
-from tests.net.watching import STREAM, OneWay, watched
+from tests.net.watching import STREAM, watched
 
 FRAMES = 90
 
@@ -44,7 +44,7 @@ async def counted(base: str) -> dict[str, int]:
         return figures
 
 
-async def shares(publisher: OneWay, *players: OneWay) -> list[float]:
+async def shares(publisher: HardClient, *players: HardClient) -> list[float]:
     """Film so many frames more, wait for what comes of them, and tell which share each player saw."""
     first = len(publisher.journal.sent_at)
     await publisher.until(lambda: len(publisher.journal.sent_at) >= first + FRAMES, "frames sent")

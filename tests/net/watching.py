@@ -11,6 +11,7 @@ import numpy as np
 from aiortc import RTCSessionDescription
 from numpy.typing import NDArray
 
+from server.load_client import LoadClient
 from tests.net.client import HardClient, Journal
 from tests.net.link import Link
 
@@ -18,21 +19,22 @@ STREAM = "net"
 PARAMS = "prompt=neon&strength=0"
 
 
-class OneWay(HardClient):
-    """A client of WHIP or WHEP behind a link: its connection sends only, or receives only."""
+async def enter(client: LoadClient, http: aiohttp.ClientSession, path: str, direction: str, link: Link) -> str:
+    """Make a client one of WHIP or WHEP, behind a link: it sends only, or receives only. Returns its session's path.
 
-    async def enter(self, path: str, direction: str, link: Link) -> None:
-        """Offer; raises RuntimeError when that is refused."""
-        connection = self._connection
-        connection.getTransceivers()[0].direction = direction
-        await connection.setLocalDescription(await connection.createOffer())
-        offer = link.towards_server(connection.localDescription.sdp)
-        async with self._http.post(path, data=offer, headers={"Content-Type": "application/sdp"}) as response:
-            text = await response.text()
-            if response.status != 201:
-                raise RuntimeError(f"{path}: {response.status} {text}")
-        answer = link.towards_client(text)
-        await connection.setRemoteDescription(RTCSessionDescription(answer, "answer"))
+    Raises RuntimeError when the offer is refused.
+    """
+    connection = client._connection
+    connection.getTransceivers()[0].direction = direction
+    await connection.setLocalDescription(await connection.createOffer())
+    offer = link.towards_server(connection.localDescription.sdp)
+    async with http.post(path, data=offer, headers={"Content-Type": "application/sdp"}) as response:
+        text = await response.text()
+        if response.status != 201:
+            raise RuntimeError(f"{path}: {response.status} {text}")
+        location = response.headers["Location"]
+    await connection.setRemoteDescription(RTCSessionDescription(link.towards_client(text), "answer"))
+    return location
 
 
 def journal_beside(publisher: Journal) -> Journal:
@@ -45,18 +47,18 @@ def journal_beside(publisher: Journal) -> Journal:
 @asynccontextmanager
 async def watched(
     url: str, pictures: list[NDArray[np.uint8]], players: int, *, seed: int = 1
-) -> AsyncIterator[tuple[OneWay, list[tuple[OneWay, Link]]]]:
+) -> AsyncIterator[tuple[HardClient, list[tuple[HardClient, Link]]]]:
     """A publisher, and players that see its pictures already; all links are still good."""
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(base_url=url))
 
-        async def client(number: int, path: str, direction: str) -> tuple[OneWay, Link]:
+        async def client(number: int, path: str, direction: str) -> tuple[HardClient, Link]:
             pool = ThreadPoolExecutor(2, thread_name_prefix="client-codec")
             stack.callback(pool.shutdown, wait=False)
             link = await stack.enter_async_context(Link(seed + number))
-            made = OneWay(url, link, http, pictures, pool)
+            made = HardClient(url, link, http, pictures, pool)
             stack.push_async_callback(made.close)
-            await made.enter(path, direction, link)
+            await enter(made, http, path, direction, link)
             return made, link
 
         publisher, _ = await client(0, f"/whip/{STREAM}?{PARAMS}", "sendonly")
