@@ -6,6 +6,9 @@ that a place only moved, or stood still, its picture should do the same. So the 
 recursive noise reduction of video cameras. Nothing is averaged where the flow does not explain the camera's picture
 (something was uncovered, the scene changed) or where the new picture differs by much (another prompt).
 
+What still changes more from chunk to chunk than within them is spread over two frames: a pulse six times a second is
+seen, a twelfth of a second of delay at a contour is not.
+
 A pattern that is fixed to the frame, as a screen of dots is, must not be carried along with a person: a style tells by
 its `carried` share. Where that is 0, small changes at a place are damped and that is all.
 
@@ -125,7 +128,7 @@ def steady(
     A change d loses `carried` of itself where all agrees, and what is left is damped by d^3 / (d^2 + threshold^2): a
     tenth of a small flicker stays, a change of three thresholds loses a tenth, and what lasts arrives in the end.
     Chunks are made one by one, so what changes by little from one to the next is more often an error than motion:
-    there the threshold is another.
+    there the threshold is another. What is left of the change at such a seam is spread over two frames, see `_ease`.
 
     Args:
         frames_TCHW: about [-1, 1].
@@ -136,33 +139,60 @@ def steady(
 
     Returns: float32.
     """
-    out = []
+    last_CHW, shown_TCHW = before_CHW, torch.empty_like(frames_TCHW, dtype=torch.float32)
     for number, frame in enumerate(frames_TCHW.float().unbind(0)):
         at_seam = (first + number) % FRAMES_PER_LATENT == 0
         threshold = (config.seam_levels if at_seam else config.damped_levels) / 127.5
         if before_CHW is None:
-            pass
+            shown_TCHW[number] = frame
         elif motion is None or not carried:
-            frame = before_CHW + _damped(frame - before_CHW, threshold**2 + 1e-9)
+            shown_TCHW[number] = before_CHW + _damped(frame - before_CHW, threshold**2 + 1e-9)
         else:
-            frame = _carried_along(frame, before_CHW, motion, number, carried, threshold, config)
-        before_CHW = frame
-        out.append(frame)
-    return torch.stack(out)
+            aim_CHW = _carried(before_CHW, motion, number)
+            shown_TCHW[number] = _drawn_to(aim_CHW, frame, motion, number, carried, threshold, config)
+        before_CHW = shown_TCHW[number]
+    for seam in range(-first % FRAMES_PER_LATENT, len(shown_TCHW) - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT):
+        before_CHW = shown_TCHW[seam - 1] if seam else last_CHW
+        if before_CHW is not None:
+            aim_CHW = before_CHW
+            if motion is not None and carried:
+                aim_CHW = torch.lerp(before_CHW, _carried(before_CHW, motion, seam), carried)
+            _ease(shown_TCHW[seam : seam + FRAMES_PER_LATENT], before_CHW, aim_CHW, config)
+    return shown_TCHW
 
 
-def _carried_along(
+def _ease(chunk_TCHW: Tensor, before_CHW: Tensor, aim_CHW: Tensor, config: SteadyConfig) -> None:
+    """Spread a chunk's change at its seam over two frames, in place, so far as it is more than changes within.
+
+    A change of energy E at the seam, with e the mean of those within, gives up the share 1 - sqrt(`seam_energy` e / E)
+    of its difference to `aim_CHW`, the last frame shown as far as it is to be carried along: the first frame all of it,
+    the second half. Another scene comes as it is.
+    """
+    levels = 127.5 * (chunk_TCHW[0] - before_CHW).square_().mean().sqrt_()
+    within = 127.5 * (chunk_TCHW[1:] - chunk_TCHW[:-1]).square_().mean().sqrt_()
+    low, high = config.scene_levels
+    share = (1 - config.seam_energy**0.5 * within / (levels + 1e-6)).clamp_(0, config.eased_most)
+    given_CHW = (chunk_TCHW[0] - aim_CHW).mul_(share * ((high - levels) / (high - low)).clamp_(0, 1))
+    chunk_TCHW[0].sub_(given_CHW)
+    chunk_TCHW[1].sub_(given_CHW.mul_(0.5))
+
+
+def _carried(before_CHW: Tensor, motion: Motion, number: int) -> Tensor:
+    places = motion.place[number][None]
+    return functional.grid_sample(before_CHW[None], places, padding_mode="border", align_corners=False)[0]
+
+
+def _drawn_to(
+    aim_CHW: Tensor,
     frame_CHW: Tensor,
-    before_CHW: Tensor,
     motion: Motion,
     number: int,
     carried: float,
     threshold: float,
     config: SteadyConfig,
 ) -> Tensor:
-    place, trust_YX, still_YX = (of[number] for of in (motion.place, motion.trust, motion.still))
-    aim = functional.grid_sample(before_CHW[None], place[None], padding_mode="border", align_corners=False)[0]
-    change = frame_CHW - aim
+    trust_YX, still_YX = motion.trust[number], motion.still[number]
+    change = frame_CHW - aim_CHW
     around = functional.avg_pool2d(change.abs()[None], COARSE).mean(1, keepdim=True)
     low, high = config.alike_levels
     alike_YX = ((high - 127.5 * _smooth(around)) / (high - low)).clamp_(0, 1)[0, 0]
@@ -170,7 +200,7 @@ def _carried_along(
     limit = threshold * trust_YX * (config.damped_in_motion + (1 - config.damped_in_motion) * still_YX)
     maps = torch.stack((kept, limit.square().add_(1e-9)))[None]
     kept_HW, square_HW = functional.interpolate(maps, change.shape[1:], mode="bilinear")[0].unbind(0)
-    return aim.add_(_damped(change.mul_(kept_HW), square_HW))
+    return aim_CHW.add_(_damped(change.mul_(kept_HW), square_HW))
 
 
 def _damped(change_CHW: Tensor, squared_threshold: Tensor | float) -> Tensor:

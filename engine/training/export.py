@@ -38,6 +38,7 @@ CARRIED = {
     "watercolor": 0.5,
     "clay": 0.65,
     "blueprint": 0.5,
+    "pencil": 0.2,
 }
 MODEL_FOLDER = Path(__file__).parent.parent / "models" / MODEL_NAME
 

@@ -3,12 +3,16 @@
 Each style has phrases to train on and a few held out, which no training run sees: they measure what free text
 does. Phrases are made longer by templates and joined with subjects ("me as ..."), so the word pieces that
 matter are seen among ones that do not. An empty prompt, and talk about people only, mean the plain photo.
+
+What else points to a style (artists, works, films, tools, places; `lexicon.txt`) is for the prompt reader alone. It was
+written by one who had seen neither the held-out phrases of the tests nor what was misread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -455,6 +459,18 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 
 BY_ID = {style.id: style for style in STYLES}
+
+
+def read_lexicon(path: Path) -> dict[str, tuple[str, ...]]:
+    """Further phrases by style, from blocks of "[style]" and phrases parted by commas and lines."""
+    found: dict[str, tuple[str, ...]] = {}
+    for block in path.read_text(encoding="utf-8").split("[")[1:]:
+        style, _, text = block.partition("]")
+        found[style] = tuple(phrase for part in text.replace("\n", ",").split(",") if (phrase := part.strip()))
+    return found
+
+
+LEXICON = read_lexicon(Path(__file__).with_name("lexicon.txt"))
 
 _TEMPLATES = (
     "{}", "{}", "{}", "{} style", "in the style of {}", "make it look like {}", "turn me into {}", "a person as {}",

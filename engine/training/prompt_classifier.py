@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from engine.training.phrases import NAMES, STYLES, in_template
+from engine.training.phrases import LEXICON, NAMES, STYLES, in_template
 from engine.wan.prompt_reader import ReaderWeights, sequences, words_of
 from engine.wan.text_encoder import WordPiece, normalise
 
@@ -146,7 +146,7 @@ def fit(vocabulary: Sequence[str], vectors_VE: NDArray[np.float32], embed: Embed
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    labelled = [(phrase, place) for place, style in enumerate(STYLES) for phrase in style.phrases]
+    labelled = _labelled()
     phrases, styles = [phrase for phrase, _ in labelled], torch.tensor([place for _, place in labelled])
     known = sorted({word for phrase in phrases for word in clean(phrase).split() if len(word) >= SHORTEST})
     made_up = made_up_prompts(vocabulary, known, rng)
@@ -175,10 +175,18 @@ def fit(vocabulary: Sequence[str], vectors_VE: NDArray[np.float32], embed: Embed
     return _stored(classifier)
 
 
+def _labelled() -> list[tuple[str, int]]:
+    """Every phrase that means a style outright, with its place; what a style is called goes before the lexicon."""
+    own = [(phrase, place) for place, style in enumerate(STYLES) for phrase in style.phrases]
+    taken = {clean(phrase) for phrase, _ in own}
+    more = [(phrase, place) for place, style in enumerate(STYLES) for phrase in LEXICON[style.id]]
+    return own + [(phrase, place) for phrase, place in more if clean(phrase) not in taken]
+
+
 def _texts() -> dict[str, Any]:
     return {
         "prompts": {style.id: style.prompt for style in STYLES},
-        "phrases": {clean(phrase): place for place, style in enumerate(STYLES) for phrase in style.phrases},
+        "phrases": {clean(phrase): place for phrase, place in _labelled()},
         "names": {clean(name): place for place, style in enumerate(STYLES) for name in NAMES[style.id]},
     }
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from engine.config import EngineSettings
-from engine.training.phrases import BY_ID, NAMES, STYLES
+from engine.training.phrases import BY_ID, LEXICON, NAMES, STYLES
+from engine.training.prompt_classifier import clean
 from engine.wan.grade import BY_ID as MODIFIERS
 from engine.wan.grade import identity
 from engine.wan.prompt_reader import ReaderWeights
@@ -18,6 +19,7 @@ from engine.wan.weights import load_model
 
 MODEL_DIR = EngineSettings().model_dir
 UNSEEN = Path(__file__).parent / "unseen_phrases.txt"
+UNSEEN_2 = Path(__file__).parent / "unseen_phrases_2.txt"
 TEXT_LEN = 16
 
 
@@ -36,8 +38,8 @@ def style(encoded: EncodedPrompt) -> str:
     return found
 
 
-def unseen() -> list[tuple[str, str]]:
-    lines = [line for line in UNSEEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+def unseen(path: Path = UNSEEN) -> list[tuple[str, str]]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [(wanted.strip(), phrase.strip()) for wanted, phrase in (line.split("|") for line in lines)]
 
 
@@ -51,6 +53,22 @@ def test_at_least_27_of_30_unseen_prompts_land_where_a_person_would_expect(text:
     assert not known & {phrase for _, phrase in phrases}
     misses = [(wanted, phrase) for wanted, phrase in phrases if text.encode(phrase).styles[0][0] != wanted]
     assert len(misses) <= 3, misses
+
+
+def test_prompts_of_another_hand_land_where_a_person_would_expect(text: StaticTextEncoder) -> None:
+    phrases = unseen(UNSEEN_2)
+    assert len(phrases) == 56
+    known = {clean(phrase) for style in STYLES for phrase in (*style.phrases, *style.held_out, *LEXICON[style.id])}
+    assert not known & {clean(phrase) for _, phrase in phrases}
+    misses = [(wanted, phrase) for wanted, phrase in phrases if text.encode(phrase).styles[0][0] != wanted]
+    assert len(misses) <= 5, misses
+
+
+def test_the_lexicon_knows_every_style_and_no_phrase_twice() -> None:
+    assert set(LEXICON) == {style.id for style in STYLES}
+    phrases = [clean(phrase) for style in STYLES for phrase in LEXICON[style.id]]
+    assert len(phrases) == len(set(phrases)) >= 100 * len(STYLES)
+    assert not set(phrases) & {clean(phrase) for style in STYLES for phrase in style.held_out}
 
 
 def test_phrases_held_out_of_training_are_understood(text: StaticTextEncoder) -> None:

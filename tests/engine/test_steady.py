@@ -125,6 +125,28 @@ def test_small_changes_are_damped_large_ones_pass_and_lasting_ones_arrive() -> N
     assert torch.equal(steady(ones, None, None, 0.0, CONFIG), ones)
 
 
+def test_a_jump_between_chunks_is_spread_over_two_frames_and_another_scene_is_not() -> None:
+    def energies(shown: Tensor, before: Tensor) -> list[float]:
+        return [float((b - a).square().mean()) for a, b in itertools.pairwise((before, *shown))]
+
+    before, drift = scene()[:, :128, :160], 0.02 * scene(4)[None, :, :128, :160]
+    steps = torch.arange(8)[:, None, None, None]
+    moved = before + 0.25 * scene(5)[:, :128, :160]  # what is drawn anew at the first seam
+    chunk = moved + drift * steps
+    shown = steady(chunk, before, None, 0.0, CONFIG)
+    drawn, seen = energies(chunk, before), energies(shown, before)
+    assert drawn[0] > 20 * drawn[1]
+    assert max(seen) < 0.25 * drawn[0]
+    # From the third frame on, and at a seam without a jump, nothing is changed: the same as without it.
+    plain = steady(chunk, before, None, 0.0, CONFIG.model_copy(update={"eased_most": 0.0}))
+    assert torch.equal(shown[2:], plain[2:])
+    assert not torch.equal(shown[:2], plain[:2])
+    other = scene(6)[None, :, :128, :160] + drift * steps
+    assert (other[0] - before).square().mean().sqrt() * 127.5 > CONFIG.scene_levels[1]
+    cut = steady(other, before, None, 0.0, CONFIG)
+    assert torch.equal(cut, steady(other, before, None, 0.0, CONFIG.model_copy(update={"eased_most": 0.0})))
+
+
 def test_a_noisy_still_picture_comes_out_quieter() -> None:
     noise = torch.randn(33, 3, 128, 160, generator=torch.Generator().manual_seed(0))
     noisy = scene()[:, :128, :160] * 0.9 + 3 / 127.5 * noise
