@@ -77,10 +77,12 @@ def serve(options: argparse.Namespace) -> int:
         print(resolved.choice.reason, flush=True, file=sys.stderr)
 
     from server.app import serve as run_server
+    from server.event_loop import BusyLoop
     from server.redaction import configure_logging
 
     configure_logging()
-    return asyncio.run(run_server(resolved.settings))
+    with asyncio.Runner(loop_factory=BusyLoop) as runner:
+        return runner.run(run_server(resolved.settings))
 
 
 def _engine_flags(options: argparse.Namespace) -> list[tuple[tuple[str, ...], str, object]]:

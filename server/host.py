@@ -1,8 +1,14 @@
 """What the video of the sessions takes of the machine's cores, beside the model, and how many frames that leaves. Pure.
 
 Decoding, scaling, mattes and encoding run in the server process, and its event loop is one thread of it. So a session
-can be too much for the machine while the engine has room. Measured are CPU seconds a frame, of the whole process and of
-the loop's thread; of the cores the process can count on what it has, what is idle, and never less than half of all.
+can be too much for the machine while the engine has room. Measured are the process's CPU seconds and the seconds in
+which its loop is busy, both a frame. Of the cores the process can count on what it has, what is idle, and never less
+than half of all; of the loop there is one. It is busy too while it is kept from working, by want of a core or of
+Python's lock: so it tells that the process can do no more where cores are idle.
+
+A session costs something beside its frames: 30 pictures of its camera are received and decoded whatever rate it has
+been agreed, there are reports and telemetry, and the encoder spends its bitrate at any rate. At 8 instead of 24 frames
+a second it needs 0.6 of the CPU and not a third.
 
 Where the process is the bottleneck all sessions get evenly fewer frames (`FrameCap`); steps and size, which are the
 engine's matter, are kept. Missed frames are laid to whichever of the two is busier: a ladder that took the process's
@@ -27,36 +33,41 @@ from server.ladder import (
 )
 from server.settings import ServerSettings
 
+# What a session costs beside its frames, in frames a second (measured with cameras of 30 fps: 8 to 22).
+SESSION_FRAMES = 16.0
 # Fewer frames in a sample tell what a connection costs, and not what a frame does.
 MIN_FRAMES = 30
 SMOOTHING = 0.3
 # Whatever else runs here, so much of the cores is the server's: a fair share beside the engine.
 OWN_SHARE = 0.5
+# Of the loop's time, promised to sessions: beyond, waiting grows faster than they do (8 sessions: 0.56 busy, 10: 0.96).
+LOOP_PROMISE = 0.6
 # Under this load of its own the process makes nobody wait.
 BLAME_LOAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a frame of one session costs this process. cpu_s, loop_s: CPU seconds in all its threads, and in the event
-    loop's; 0 while unknown. cores: that it can count on."""
+    """What a frame of one session costs this process. cpu_s: CPU seconds in all its threads; loop_s: seconds in which
+    its event loop is busy; 0 while unknown. cores: that it can count on."""
 
     cpu_s: float = 0.0
     loop_s: float = 0.0
     cores: float = 1.0
 
-    def load(self, frames_per_s: float) -> float:
-        """Share of what there is that so many frames a second of all sessions need: of the cores or of the loop."""
-        return frames_per_s * max(self.cpu_s / self.cores, self.loop_s)
+    def load(self, fps: float, sessions: int) -> float:
+        """Share of what there is that so many sessions of that rate need: of the cores or of the loop."""
+        return sessions * (fps + SESSION_FRAMES) * max(self.cpu_s / self.cores, self.loop_s)
 
-    def is_to_blame(self, frames_per_s: float, engine_load: float) -> bool:
-        """Whether frames that were missed at such a rate are this process's, and not the engine's."""
-        return self.load(frames_per_s) > max(engine_load, BLAME_LOAD)
+    def is_to_blame(self, fps: float, sessions: int, engine_load: float) -> bool:
+        """Whether frames that so many sessions of that rate missed are this process's, and not the engine's."""
+        return self.load(fps, sessions) > max(engine_load, BLAME_LOAD)
 
     def seats(self, settings: ServerSettings) -> int:
         """Sessions that can all have `min_fps`; at least one."""
-        each = self.load(settings.min_fps)
-        return max(1, int(PROMISE_LOAD / each)) if each > 0 else settings.max_sessions
+        each = max(self.cpu_s / self.cores / PROMISE_LOAD, self.loop_s / LOOP_PROMISE)
+        frames = settings.min_fps + SESSION_FRAMES
+        return max(1, int(1 / (each * frames))) if each > 0 else settings.max_sessions
 
 
 class HostMeter:
@@ -64,26 +75,30 @@ class HostMeter:
 
     def __init__(self) -> None:
         self.host = Host()
-        self._before: tuple[float, float, float, int] | None = None
+        self._before: tuple[float, float, float, int, int] | None = None
 
-    def sample(self, now: float, *, cpu_s: float, loop_s: float, frames: int, busy_share: float, cores: int) -> Host:
+    def sample(
+        self, now: float, *, cpu_s: float, loop_s: float, frames: int, sessions: int, busy_share: float, cores: int
+    ) -> Host:
         """Take one sample, every few seconds.
 
         Args:
             now: monotonic seconds.
-            cpu_s, loop_s: CPU time of the process and of its loop's thread so far.
+            cpu_s, loop_s: CPU time of the process, and time in which its loop was busy, so far.
             frames: of all sessions so far, at their agreed rates.
+            sessions: that have pictures now.
             busy_share: of all cores of the machine, since the last sample.
             cores: of the machine.
         """
-        before, self._before = self._before, (now, cpu_s, loop_s, frames)
+        before, self._before = self._before, (now, cpu_s, loop_s, frames, sessions)
         if before is None or now <= before[0]:
             return self.host
-        seconds, count = now - before[0], frames - before[3]
+        seconds, fresh = now - before[0], frames - before[3]
+        count = fresh + SESSION_FRAMES * seconds * (before[4] + sessions) / 2
         used = (cpu_s - before[1]) / seconds
         available = max(OWN_SHARE * cores, used + (1 - busy_share) * cores)
         host = self.host
-        if count >= MIN_FRAMES:
+        if fresh >= MIN_FRAMES:
             known = host.cpu_s > 0
             host = Host(
                 _smooth(host.cpu_s, (cpu_s - before[1]) / count, known=known),
@@ -112,17 +127,17 @@ class FrameCap:
 
     def decide(self, now: float, host: Host, sessions: int, *, due: int = 0, missed: int = 0) -> float:
         """The rate from now on. due, missed: frames since the last call, those missed for the process's sake."""
-        load = host.load(self.fps * sessions)
+        load = host.load(self.fps, sessions)
         missed_share, goes_on = self._misses.note(now, due, missed)
         misses = goes_on and missed_share > MISSED_SHARE
-        higher = [fps for fps in self._rates if fps > self.fps and host.load(fps * sessions) <= RISE_LOAD]
+        higher = [fps for fps in self._rates if fps > self.fps and host.load(fps, sessions) <= RISE_LOAD]
         has_room = higher and not misses
         self._room_since = (now if self._room_since is None else self._room_since) if has_room else None
         if now - self._moved_at < MOVE_PERIOD_S:
             return self.fps
         if load > STAY_LOAD:
             lower = [fps for fps in self._rates if fps < self.fps]
-            fitting = [fps for fps in lower if host.load(fps * sessions) <= PROMISE_LOAD]
+            fitting = [fps for fps in lower if host.load(fps, sessions) <= PROMISE_LOAD]
             if lower:
                 self._move(now, fitting[0] if fitting else lower[-1], _too_busy(load, sessions))
         elif misses:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from engine.api import EngineState, StreamParams
 from server.admission import LIMITS, Stays, bounds, free_seats, seats
 from server.control import ControlError, check_steps, shown_params
 from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
+from server.event_loop import busy_s
 from server.host import FrameCap, HostMeter
 from server.ladder import Ladder, Rung, Signals
 from server.node_name import new_session_id
@@ -417,7 +417,7 @@ class SessionRegistry:
             self._ladder.hold(now)
             return
         fps, host, sessions = self._cap.fps, self._meter.host, len(self._sessions)
-        ours = missed if host.is_to_blame(self.rung.fps * sessions, self.load) else 0
+        ours = missed if host.is_to_blame(self.rung.fps, sessions, self.load) else 0
         move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed - ours))
         capped = self._cap.decide(now, host, sessions, due=due, missed=ours) < self._ladder.rung.fps
         reason = self._cap.reason if capped or self._cap.fps != fps else self._ladder.reason
@@ -440,13 +440,15 @@ class SessionRegistry:
         return due, missed
 
     def _measure(self, busy_share: float) -> None:
-        """Learn what a frame costs this process. Runs on the loop's thread, whose time is part of it."""
-        times = self._process.cpu_times()
+        """Learn what a frame costs this process."""
+        times, now = self._process.cpu_times(), self._context.clock()
+        period_s = TICK_SAMPLES * SAMPLE_PERIOD_S
         self._meter.sample(
-            self._context.clock(),
+            now,
             cpu_s=times.user + times.system,
-            loop_s=time.thread_time(),
+            loop_s=busy_s(),
             frames=self._due_before + sum(session.metrics.due for session in self._sessions.values()),
+            sessions=sum(now - session.metrics.released_at < period_s for session in self._sessions.values()),
             busy_share=busy_share,
             cores=psutil.cpu_count() or 1,
         )
@@ -462,7 +464,7 @@ class SessionRegistry:
             metrics = self._context.metrics
             metrics.seats.set(self.seats)
             metrics.load.set(self.load)
-            metrics.process_load.set(self._meter.host.load(self.rung.fps * len(self._sessions)))
+            metrics.process_load.set(self._meter.host.load(self.rung.fps, len(self._sessions)))
             metrics.rungs_down.set(self._ladder.depth)
             samples += 1
             if samples % TICK_SAMPLES == 0:

@@ -56,10 +56,10 @@ def test_what_allows_no_more_is_named() -> None:
     assert bounds(capacity_of(0.01), settings) == (8, "settings")
     assert bounds(capacity_of(0.01, max_streams=3), settings) == (3, "memory")
     assert bounds(capacity_of(0.1), settings) == (2, "engine")
-    assert bounds(capacity_of(0.01), settings, Host(cpu_s=0.03)) == (3, "process")
-    assert bounds(capacity_of(0.1), settings, Host(cpu_s=0.03)) == (2, "engine")
+    assert bounds(capacity_of(0.01), settings, Host(cpu_s=0.01)) == (3, "process")
+    assert bounds(capacity_of(0.1), settings, Host(cpu_s=0.01)) == (2, "engine")
     assert bounds(capacity_of(9.0), settings, Host(cpu_s=9.0)) == (1, "process")
-    assert bounds(Capacity(0.0, 8, 0, 4), settings, Host(cpu_s=0.03)) == (3, "process")
+    assert bounds(Capacity(0.0, 8, 0, 4), settings, Host(cpu_s=0.01)) == (3, "process")
 
 
 @given(st.floats(0.001, 2.0), st.booleans(), st.integers(1, 8))
