@@ -45,7 +45,7 @@ from engine.results import ResultQueue
 
 log = logging.getLogger(__name__)
 
-RESTART_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
+RESTART_DELAYS_S = (0.1, 1.0, 2.0, 4.0)
 # This many deaths within BREAKER_WINDOW_S and the engine is given up: a person must look.
 BREAKER_DEATHS = 4
 BREAKER_WINDOW_S = 60.0

@@ -7,6 +7,13 @@ over all: `seen`, from the kill until the stream is told, which is when a sessio
 until the first restyled chunk of the stream opened anew. Groups that were not hit must not lose a stream. Ends with
 status 1 when they do, when a kill is seen later than `SEEN_LIMIT_S`, or when a process is left behind.
 
+    python tests/bench/drill_kill.py --session --ranks 2 --kills 20
+
+The same as a WebRTC client sees it: `livebrush serve` in a process of its own with one group, one session of the Python
+client. Told for every kill, all at the client: `told`, when it hears that the engine is lost; the longest time without
+a new picture; and `restyled`, the first picture of the new group. Wrong is a picture that stands for longer than
+`GAP_LIMIT_S`, a client that is not restyled within `RESTYLED_LIMIT_S`, or a session that ends.
+
 An engine whose ranks die four times in a minute is given up by design, hence the pause after each kill.
 """
 
@@ -16,9 +23,11 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -28,7 +37,17 @@ from engine.client import BREAKER_DEATHS, BREAKER_WINDOW_S, LocalEngine
 from engine.cluster import Cluster, arrange
 from engine.config import DEFAULT_MODEL, EngineSettings
 
+# A script of its own: its folder, not the repository, is on the path.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from livebrush_client import connect
+from tests.e2e.killing import Kill, Watch, kill_rank
+from tests.e2e.serving import Server
+from tests.server.test_server import MovingPicture
+
 SEEN_LIMIT_S = 1.0
+GAP_LIMIT_S = 0.5
+RESTYLED_LIMIT_S = 10.0
 RETRY_S = 0.1
 LEFT_TIMEOUT_S = 15.0
 
@@ -149,6 +168,43 @@ async def drill(options: argparse.Namespace) -> int:
     return 1 if faults or left else 0
 
 
+async def drill_session(options: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    kills: list[Kill] = []
+    serve = ("--ranks", str(options.ranks), "--size", f"{options.size}x{options.size}", "--model", options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        with Server(
+            Path(folder) / "log", engine="local", options=serve, patient=True, LIVEBRUSH_ENGINE__COSTS_DIR=folder
+        ) as server:
+            async with asyncio.timeout(options.timeout):
+                while not await asyncio.to_thread(server.is_ready):
+                    await asyncio.sleep(0.1)
+            process = psutil.Process(server.pid)
+            async with connect(server.url, MovingPicture(), prompt="watercolor") as live:
+                watch = Watch(live)
+                watching = asyncio.create_task(watch.run())
+                for number in range(options.kills):
+                    began = time.monotonic()
+                    kill = await kill_rank(watch, process, number % options.ranks, timeout_s=options.timeout)
+                    kills.append(kill)
+                    wrong = kill.gap_s > GAP_LIMIT_S or kill.told_s > SEEN_LIMIT_S
+                    slow = kill.restyled_s > RESTYLED_LIMIT_S
+                    print(f"kill {number + 1}: {kill}{' WRONG' if wrong else ' SLOW' if slow else ''}", flush=True)
+                    pause_s = BREAKER_WINDOW_S / (BREAKER_DEATHS - 1) + 1.0
+                    await asyncio.sleep(max(0.0, began + pause_s - time.monotonic()))
+                ended = live.ended
+            await watching
+            processes = [process, *process.children(recursive=True)]
+        _, left = await asyncio.to_thread(psutil.wait_procs, processes, LEFT_TIMEOUT_S)
+    for name in ("told_s", "camera_s", "gap_s", "restyled_s"):
+        values = [getattr(kill, name) for kill in kills]
+        print(f"{name}: median {statistics.median(values):.3f}, longest {max(values):.3f}")
+    gaps = sum(kill.gap_s > GAP_LIMIT_S or kill.told_s > SEEN_LIMIT_S for kill in kills)
+    late = sum(kill.restyled_s > RESTYLED_LIMIT_S for kill in kills)
+    print(f"of {len(kills)} kills: gaps too long {gaps}; restyled late {late}; processes left behind {len(left)}")
+    return 1 if gaps or late or left or ended else 0
+
+
 def main() -> int:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,7 +216,9 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels of a side (default: 64)")
     parser.add_argument("--fps", type=float, default=12.0)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a group to come back")
-    return asyncio.run(drill(parser.parse_args()))
+    parser.add_argument("--session", action="store_true", help="through a server, as a WebRTC client sees it")
+    options = parser.parse_args()
+    return asyncio.run(drill_session(options) if options.session else drill(options))
 
 
 if __name__ == "__main__":
