@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from engine.wan.vae import FRAMES_PER_LATENT, Carried, Memory, Part, VAEState, run_parts
 from engine.wan.vae_config import TAEHVConfig
-from engine.wan.wan_vae import (
+from engine.wan.vae_stages import (
     LatentScale,
     Pointwise,
     Stage,

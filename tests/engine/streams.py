@@ -18,7 +18,8 @@ from engine.wan.presets import LIVEBRUSH_TINY, TransformerConfig
 from engine.wan.untrained import untrained_wan_model
 from engine.wan.vae import Carried, Memory, Part, VAEState, run_parts
 from engine.wan.vae_config import WanVAEConfig
-from engine.wan.wan_vae import WanVAE, check_frames
+from engine.wan.vae_stages import check_frames
+from engine.wan.wan_vae import WanVAE
 from engine.wan.weights import Model
 
 Frames = NDArray[np.uint8]

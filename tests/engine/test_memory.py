@@ -30,7 +30,8 @@ from engine.wan.transformer import CausalTransformer
 from engine.wan.untrained import SMALL_TAEHV, SMALL_WAN, SMALL_WAN_VAE, write_untrained_wan
 from engine.wan.vae import VAEState
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
-from engine.wan.wan_vae import WanVAE, state_bytes
+from engine.wan.vae_stages import state_bytes
+from engine.wan.wan_vae import WanVAE
 
 MIB = 1 << 20
 

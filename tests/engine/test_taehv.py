@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.wan.taehv import TAEHV
 from engine.wan.vae import VAEState
 from engine.wan.vae_config import TAEHVConfig
-from engine.wan.wan_vae import state_bytes
+from engine.wan.vae_stages import state_bytes
 
 SMALL = TAEHVConfig(encoder_dim=8, decoder_dims=(16, 12, 8, 8))
 HEIGHT, WIDTH = 32, 48

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.wan.vae import VAEState
 from engine.wan.vae_config import WAN_LATENT_MEAN, WAN_LATENT_STD, LatentConfig, WanVAEConfig
-from engine.wan.wan_vae import CausalConv, WanVAE, channels_last, channels_third, run_stages, state_bytes
+from engine.wan.vae_stages import channels_last, channels_third, run_stages, state_bytes
+from engine.wan.wan_vae import CausalConv, WanVAE
 
 SMALL = WanVAEConfig(dim=8)
 HEIGHT, WIDTH = 32, 48
