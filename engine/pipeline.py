@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from engine.api import StreamParams, Understood
 from engine.attention import attention_for
@@ -25,6 +24,7 @@ from engine.kv_cache import KVPool
 from engine.lanes import Lanes
 from engine.noise_control import MotionState, next_level, remember
 from engine.prompts import PromptState
+from engine.scaling import enlarge, shrink
 from engine.session import FixedNoise, FreshNoise, Item, NoiseSource, SessionState
 from engine.steady import Watcher, steady
 from engine.wan.grade import apply, scaled
@@ -178,7 +178,9 @@ class Pipeline:
         state.pending_revision = revision
 
     @torch.inference_mode()
-    def adopt(self, state: SessionState, params: StreamParams, revision: int = 0) -> SessionState:
+    def adopt(
+        self, state: SessionState, params: StreamParams, revision: int = 0, noise: NoiseSource | None = None
+    ) -> SessionState:
         """A stream of another pipeline of the same model goes on here, with other parameters.
 
         Its prompts, its count of chunks and what has not been shown yet come along; its picture begins anew. Close the
@@ -187,7 +189,7 @@ class Pipeline:
         Raises: MemoryError when every row is leased; ValueError for parameters that the model cannot follow. The
             stream then stays as it was.
         """
-        adopted = self.open(params)
+        adopted = self.open(params, noise)
         adopted.prompts = state.prompts
         adopted.prompts.want(params.prompts, params.transition_chunks)
         adopted.chunks, adopted.frames = state.chunks, state.frames
@@ -263,13 +265,16 @@ class Pipeline:
             with self.lanes.encode():
                 plain = self._plain and not self.scaled
                 pixels = frames_THWC.permute(0, 3, 1, 2).to(self.model.dtype if plain else torch.float32)
-                if self.scaled:
-                    pixels = functional.interpolate(pixels, (self.height, self.width), mode="area")
-                    pixels = pixels.to(self.model.dtype) if self._plain else pixels
                 pixels_TCHW = pixels.contiguous().mul_(1 / 127.5).sub_(1)
-                items.append(self.take_in(state, pixels_TCHW))
+                items.append(self.take_in(state, self.shrunk(pixels_TCHW)))
         results += [self._finish(item) for item in self.denoise(items)]
         return results
+
+    def shrunk(self, pixels_TCHW: Tensor) -> Tensor:
+        """A chunk's pixels at the size it is rendered at."""
+        if not self.scaled:
+            return pixels_TCHW
+        return shrink(pixels_TCHW, (self.width, self.height), self.model.dtype if self._plain else torch.float32)
 
     @property
     def _plain(self) -> bool:
@@ -283,13 +288,22 @@ class Pipeline:
             pixels_TCHW: in [-1, 1]; float32 where motion is measured on them, so that it is exact.
         """
         vae = self._vae(state.params)
-        changes = state.encoding is not vae and state.encoding is not None
-        if state.encoding is not vae:
+        changes = self._turn_to(state, vae)
+        source = self._encode_by(vae, state, pixels_TCHW)
+        return self._lay_out(state, pixels_TCHW, source, vae, changes=changes)
+
+    def _turn_to(self, state: SessionState, vae: VAE) -> bool:
+        """Have the stream's next chunk encoded by a VAE; returns whether the one before was by another."""
+        before = state.encoding
+        if before is not vae:
             # The cache goes on: both VAEs make the same latents. Only their memories are of their own kind.
             state.encoding, state.encoder = vae, VAEState()
+        return before is not None and before is not vae
+
+    def _encode_by(self, vae: VAE, state: SessionState, pixels_TCHW: Tensor) -> Tensor:
         whole = self._whole(pixels_TCHW, fresh=not state.encoder.memory)
         source, state.encoder = vae.encode(whole, state.encoder)
-        return self._lay_out(state, pixels_TCHW, source, vae, changes=changes)
+        return source
 
     def _whole(self, pixels_TCHW: Tensor, *, fresh: bool) -> Tensor:
         """What the VAE is given for a chunk [1, T, 3, H, W]: as many frames as it takes, at the start or later."""
@@ -414,11 +428,9 @@ class Pipeline:
             shown = frames_TCHW.clamp(-1, 1)
             if grade is not None:
                 shown = apply(grade, shown.float()).clamp_(-1, 1)
-            shown = shown.add_(1).mul_(127.5)
             if self.scaled:
-                width, height = self.frame_size
-                shown = functional.interpolate(shown.float(), (height, width), mode="bilinear")
-            frames_THWC = shown.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+                shown = enlarge(shown, self.frame_size)
+            frames_THWC = shown.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return Rendered(item.state, item.chunk, item.revision, frames_THWC, figures, item.understood)
 
     def _rest(self, item: Item, frames_TCHW: Tensor) -> Tensor:

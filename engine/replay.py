@@ -1,18 +1,12 @@
 """Run a recorded stream exactly: `python -m engine.replay --bundle DIR --out FILE`.
 
-A bundle holds what a stream was given, weights and noise included, so that two implementations can be compared number
-by number. It runs in compatible settings: absolute positions that grow, raw latents, the public noise constants, no
-sink refresh. A bundle folder has
+A bundle (`engine.bundle`) holds what a stream was given, weights and noise included, so that two implementations can be
+compared number by number. It runs in compatible settings: absolute positions that grow, raw latents, the public noise
+constants, no sink refresh.
 
-    spec.json              sizes and settings, see `Spec`
-    dit.safetensors        the transformer under original Wan names
-    vae.safetensors        the autoencoder likewise
-    inputs.safetensors     prompt_embeds [1, text_len, text_dim], video [1, 3, T, H, W] in [-1, 1]
-                           with T = 1 + 4K(1 + chunks)
-    noise.safetensors      noise_CCC_S [frames, z, h, w]: enters chunk CCC before step S
-
-and the output one safetensors with latent_CCC [frames, z, h, w] (clean, before de-normalising) and frames_CCC
-[n, 3, H, W] (clamped to [-1, 1]), float32, for every chunk; beside it FILE.json with the time of its parts.
+The output is one safetensors with latent_CCC [frames, z, h, w] (clean, before de-normalising) and frames_CCC
+[n, 3, H, W] (clamped to [-1, 1]), float32, for every chunk; beside it FILE.json with the time of its parts. A stream
+that moved on the ladder is walked as the engine did: frames rendered at the smaller size are brought to the full one.
 
 With `--ranks N` the run goes over a ring of N processes (`engine.ring`): the same numbers for every N, bit for bit in
 float32. Without it, it runs in this process, where the steps of successive chunks share a pass, which rounds otherwise.
@@ -26,116 +20,29 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.api import EngineError, StreamParams
-from engine.config import WAN_SAMPLING, CacheConfig, MotionConfig, SamplingConfig, ServingProfile
+from engine.bundle import Bundle, BundleError, Spec
 from engine.kv_cache import CacheRow, KVPool
 from engine.pipeline import Mode, Pipeline
 from engine.ring_group import RingGroup, RingResult, RingStats
 from engine.ring_rank import RingSpec
 from engine.ring_stage import StagePool
+from engine.scaling import enlarge, shrink
 from engine.session import Item, SessionState
-from engine.wan.checkpoints import check_shapes, transformer_from_original
-from engine.wan.presets import TransformerConfig
-from engine.wan.text_encoder import EncodedPrompt, StyleIndex
-from engine.wan.transformer import CausalTransformer
-from engine.wan.vae_config import WanVAEConfig
-from engine.wan.wan_vae import WanVAE
-from engine.wan.weights import Model, ModelConfig, WeightsError
+from engine.wan.weights import Model
 
-log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 T = TypeVar("T")
 # Whether sequential mode keeps each chunk in one slot, or takes slots as the public code does.
 Slots = Literal["published", "plain"]
-
-
-class BundleError(Exception):
-    """A bundle that cannot be run; the text names the file and what is wrong with it."""
-
-
-class Spec(BaseModel):
-    """spec.json. Sizes of pixels; steps: timesteps, noisiest first, or how many of the public ones.
-
-    text_tokens, adapt_sink_threshold and seed are known and change nothing: all positions are attended, sinks are not
-    refreshed, and the noise is recorded.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    dim: PositiveInt
-    heads: PositiveInt
-    layers: PositiveInt
-    ffn_dim: PositiveInt
-    text_dim: PositiveInt
-    text_len: PositiveInt
-    text_tokens: PositiveInt | None = None
-    freq_dim: PositiveInt = 256
-    vae_dim: PositiveInt
-    z_dim: PositiveInt = 16
-    height: PositiveInt
-    width: PositiveInt
-    chunks: int
-    frames_per_block: PositiveInt = 1
-    steps: tuple[int, ...] | PositiveInt
-    shift: float = 8.0
-    num_kv_cache: PositiveInt = 6
-    num_sink: int = 3
-    adapt_sink_threshold: float = -1.0
-    noise_scale: float = 0.8
-    adaptive_noise: bool = True
-    dtype: str = "float32"
-    seed: int = 0
-
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """Noisiest first, one for each step; a closing 0 is no step."""
-        public = WAN_SAMPLING.timesteps or ()
-        steps = public[: self.steps] if isinstance(self.steps, int) else self.steps
-        return tuple(step for step in steps if step > 0)
-
-
-class RecordedNoise:
-    """The noise of a bundle (`engine.session.NoiseSource`)."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
-
-    def draw(self, chunk: int, step: int, frames: int) -> Tensor:
-        """See `NoiseSource.draw`. Raises BundleError for a sample that the bundle lacks."""
-        name = f"noise_{chunk:03d}_{step}"
-        if name not in self._tensors:
-            raise BundleError(f"noise.safetensors has no {name}")
-        return self._tensors[name][None].to(self._dtype)
-
-
-class _GivenText:
-    """A text encoder that knows one prompt, whatever it is asked."""
-
-    def __init__(self, states: Tensor) -> None:
-        self._prompt = EncodedPrompt(states, states.float().mean(0), states.shape[0])
-
-    def request(self, prompt: str) -> EncodedPrompt:
-        return self._prompt
-
-    def encode(self, prompt: str) -> EncodedPrompt:
-        return self._prompt
-
-    def close(self) -> None:
-        pass
 
 
 class Stopwatch:
@@ -155,109 +62,6 @@ class Stopwatch:
         """Median of a part's times, the first left out where there are others: it finds everything cold."""
         times = self.times.get(part, [])
         return 1e3 * statistics.median(times[1:] or times or [0.0])
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A bundle, read and checked. video: [T, 3, H, W] in the bundle's dtype."""
-
-    spec: Spec
-    model: Model
-    video: Tensor
-    noise: RecordedNoise
-
-    @classmethod
-    def read(cls, folder: Path) -> Bundle:
-        """Read a bundle folder. Raises BundleError, or WeightsError naming every key that does not fit."""
-        spec = read_spec(folder / "spec.json")
-        dtype = DTYPES[spec.dtype.removeprefix("torch.")]
-        inputs = _tensors(folder / "inputs.safetensors", ("prompt_embeds", "video"))
-        video = inputs["video"]
-        frames = 1 + 4 * spec.frames_per_block * (1 + spec.chunks)
-        if video.ndim != 5 or video.shape[2] < frames:
-            raise BundleError(f"video {tuple(video.shape)} must be [1, 3, T, H, W] with T of {frames} at least")
-        try:
-            model = make_model(spec, folder, inputs["prompt_embeds"][0], dtype)
-        except ValidationError as error:
-            told = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-            raise BundleError(f"{folder / 'spec.json'}: {told}") from error
-        except WeightsError as error:
-            raise BundleError(f"{folder}: {error}") from error
-        noise = RecordedNoise(_tensors(folder / "noise.safetensors"), dtype)
-        return cls(spec, model, video[0, :, :frames].transpose(0, 1).to(dtype).contiguous(), noise)
-
-    def chunk(self, index: int) -> Tensor:
-        """Pixels [T, 3, H, W] of a chunk."""
-        span = 4 * self.spec.frames_per_block
-        start = 0 if index == 0 else 1 + index * span
-        return self.video[start : 1 + (index + 1) * span]
-
-
-def read_spec(path: Path) -> Spec:
-    """Read spec.json; keys it does not know are ignored with a warning. Raises BundleError."""
-    try:
-        given = json.loads(path.read_bytes())
-        spec = Spec.model_validate(given)
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise BundleError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON: {error}") from error
-    if unknown := sorted(given.keys() - Spec.model_fields.keys()):
-        log.warning("%s: ignored what is not known: %s", path, ", ".join(unknown))
-    if spec.dtype.removeprefix("torch.") not in DTYPES:
-        raise BundleError(f"{path}: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
-    if not 1 <= len(spec.timesteps) <= 4:
-        raise BundleError(f"{path}: steps {spec.steps} must be 1 to 4 timesteps above 0")
-    return spec
-
-
-def make_model(spec: Spec, folder: Path, prompt_LK: Tensor, dtype: torch.dtype) -> Model:
-    """The bundle's transformer and autoencoder on the CPU, under compatible settings."""
-    transformer_config = TransformerConfig(
-        latent_channels=spec.z_dim,
-        dim=spec.dim,
-        ffn_dim=spec.ffn_dim,
-        heads=spec.heads,
-        layers=spec.layers,
-        text_dim=spec.text_dim,
-        text_len=spec.text_len,
-        freq_dim=spec.freq_dim,
-        window_frames=spec.num_kv_cache,
-        sink_frames=spec.num_sink,
-    )
-    vae_config = WanVAEConfig(dim=spec.vae_dim, z_dim=spec.z_dim)
-    with torch.device("meta"):
-        transformer, vae = CausalTransformer(transformer_config), WanVAE(vae_config)
-    own = transformer_from_original(_tensors(folder / "dit.safetensors"), transformer_config)
-    transformer.load_state_dict(own, assign=True)
-    tensors = _tensors(folder / "vae.safetensors")
-    expected = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
-    check_shapes(expected, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, "vae.safetensors")
-    vae.load_state_dict(tensors, assign=True)
-    for module in (transformer, vae):
-        module.to(dtype).eval().requires_grad_(False)
-    config = ModelConfig(
-        name=folder.name,
-        transformer=transformer_config,
-        vae=vae_config,
-        text="umt5",
-        sampling=SamplingConfig(
-            shift=spec.shift,
-            timesteps=spec.timesteps,
-            noise_scale=spec.noise_scale,
-            motion=MotionConfig(monotonic=False) if spec.adaptive_noise else None,
-            latents="raw",
-            noise="fresh",
-        ),
-        cache=CacheConfig(positions="absolute"),
-        serving=ServingProfile(first_chunk_frames=5, steps=len(spec.timesteps)),
-        # A bundle is no model folder: it has nothing to hold this against.
-        sha256="0" * 64,
-    )
-    text = _GivenText(prompt_LK.to(dtype))
-    return Model(config, transformer, vae, text, StyleIndex(None, ()), torch.device("cpu"), dtype)
 
 
 class LaterSteps(CacheRow):
@@ -292,18 +96,24 @@ class Replay:
     """One run over a bundle."""
 
     def __init__(self, bundle: Bundle, mode: Mode, *, slots: Slots = "published", compile_pass: bool = False) -> None:
+        """Raises BundleError for moves that this mode does not know."""
+        _check_mode(bundle.spec, mode)
         self.bundle = bundle
-        height, width = bundle.video.shape[2:]
         self.slips = slots == "published" and mode == "sequential"
-        self.pipeline = Pipeline(
+        self._make = partial(
+            Pipeline,
             bundle.model,
-            width,
-            height,
             streams=1,
             mode=mode,
             compile_pass=compile_pass,
             pool_type=PublishedSlots if self.slips else KVPool,
         )
+        full = bundle.spec.size(small=False)
+        self._pipelines = {False: self._make(*full)}
+        if bundle.spec.has_small:
+            small = bundle.spec.size(small=True)
+            self._pipelines[True] = self._make(*small, frame_size=full, lanes=self._pipelines[False].lanes)
+        self.pipeline = self._pipelines[False]
         self._later: CacheRow | None = None
         self.watch = Stopwatch()
         self.schedule: list[list[float]] = []
@@ -312,15 +122,32 @@ class Replay:
     @torch.inference_mode()
     def run(self) -> SessionState:
         """Render every chunk, those in flight at the end included; returns the stream as it ended."""
-        pipeline = self.pipeline
-        steps = len(self.bundle.spec.timesteps)
-        state = pipeline.open(StreamParams(steps=steps), self.bundle.noise)
-        pipeline.advance_prompts(state)
+        spec = self.bundle.spec
+        state = self.pipeline.open(spec.params_of(0), self.bundle.noise)
+        self.pipeline.advance_prompts(state)
         self._later = LaterSteps(state.rows[0].index)
-        for chunk in range(self.bundle.spec.chunks + 1):
-            self._render(state, self.bundle.chunk(chunk))
-        self.pipeline.batch.seal()
-        for item in self.watch.time("drain", lambda: pipeline.drain(state)):
+        for chunk in range(spec.chunks + 1):
+            state = self._move(state, spec.params_of(chunk))
+            self._render(state, self.pipeline.shrunk(self.bundle.chunk(chunk)))
+        for pipeline in self._pipelines.values():
+            pipeline.batch.seal()
+        for item in self.watch.time("drain", lambda: self.pipeline.drain(state)):
+            self._keep(item)
+        return state
+
+    def _move(self, state: SessionState, params: StreamParams) -> SessionState:
+        """Go over to another rung, as `engine.worker` does between two chunks; returns the stream as it goes on."""
+        if params == state.params:
+            return state
+        pipeline = self._pipelines[params.small]
+        if pipeline is self.pipeline:
+            pipeline.set_params(state, params)
+        else:
+            adopted = pipeline.adopt(state, params, noise=self.bundle.noise)
+            self.pipeline.close(state)
+            self.pipeline, state = pipeline, adopted
+            self._later = LaterSteps(state.rows[0].index)
+        for item in pipeline.advance_prompts(state):
             self._keep(item)
         return state
 
@@ -337,7 +164,10 @@ class Replay:
     def _keep(self, item: Item) -> None:
         frames = self.watch.time("decode", lambda: self.pipeline.decode(item))
         self.results[f"latent_{item.chunk:03d}"] = item.clean[0].float().contiguous()
-        self.results[f"frames_{item.chunk:03d}"] = frames.float().clamp(-1, 1).contiguous()
+        shown = frames.float().clamp(-1, 1)
+        if self.pipeline.scaled:
+            shown = enlarge(shown, self.pipeline.frame_size)
+        self.results[f"frames_{item.chunk:03d}"] = shown.contiguous()
 
     def report(self) -> dict[str, Any]:
         """What goes into FILE.json."""
@@ -359,17 +189,25 @@ def _bundle_model(folder: Path, rank: int) -> Model:
     return Bundle.read(folder).model
 
 
+def _check_mode(spec: Spec, mode: Mode) -> None:
+    if mode == "batch" and spec.has_small:
+        raise BundleError(
+            "the stream moved to the smaller size, and the engine does that in sequential mode alone: "
+            "give --mode sequential"
+        )
+
+
 class RingReplay:
-    """One run over a bundle on several ranks; see `Replay`."""
+    """One run over a bundle on several ranks; see `Replay`. Each size is a ring of its own, as a ring is of one."""
 
     def __init__(self, folder: Path, mode: Mode, ranks: int, *, slots: Slots = "published", threads: int = 1) -> None:
+        """Raises as `Bundle.read` and `Replay`."""
         self.bundle = Bundle.read(folder)
-        height, width = self.bundle.video.shape[2:]
+        _check_mode(self.bundle.spec, mode)
         self._load = partial(_bundle_model, folder)
-        self._spec = RingSpec(
+        self._make = partial(
+            RingSpec,
             ranks,
-            width,
-            height,
             streams=1,
             mode=mode,
             span=self.bundle.spec.frames_per_block,
@@ -377,27 +215,49 @@ class RingReplay:
             threads=threads,
             pool_type=PublishedStage if slots == "published" and mode == "sequential" else StagePool,
         )
+        # Refused before anything is started.
+        self._make(*self.bundle.spec.size(small=False))
         self.schedule: list[list[float]] = []
         self.results: dict[str, Tensor] = {}
         self._stats: RingStats | None = None
 
     def run(self) -> None:
         """Render every chunk. Raises RankLost, BundleError."""
-        spec = self.bundle.spec
-        with RingGroup(self._load, self._spec) as group:
-            group.open("replay", StreamParams(steps=len(spec.timesteps)), self.bundle.noise)
-            for chunk in range(spec.chunks + 1):
-                group.submit("replay", self.bundle.chunk(chunk))
+        for chunks in self._of_one_size():
+            self._run_some(chunks)
+
+    def _of_one_size(self) -> Iterator[range]:
+        spec, first = self.bundle.spec, 0
+        for chunk in range(1, spec.chunks + 2):
+            if chunk > spec.chunks or spec.params_of(chunk).small != spec.params_of(first).small:
+                yield range(first, chunk)
+                first = chunk
+
+    def _run_some(self, chunks: range) -> None:
+        spec, first = self.bundle.spec, chunks.start
+        params = spec.params_of(first)
+        size = spec.size(small=params.small)
+        with RingGroup(self._load, self._make(*size)) as group:
+            group.open("replay", params, self.bundle.noise.after(first))
+            for chunk in chunks:
+                if spec.params_of(chunk) != params:
+                    params = spec.params_of(chunk)
+                    group.update("replay", params)
+                pixels = self.bundle.chunk(chunk)
+                group.submit("replay", shrink(pixels, size, self.bundle.scaled_dtype) if params.small else pixels)
             for result in group.finish(timeout_s=3600.0):
-                self._keep(result)
+                self._keep(result, first, params)
             self._stats = group.stats()
 
-    def _keep(self, result: RingResult) -> None:
+    def _keep(self, result: RingResult, first: int, params: StreamParams) -> None:
         assert result.latent is not None  # a raw ring, and the prompt is given
         assert result.pixels is not None
-        self.results[f"latent_{result.chunk:03d}"] = result.latent.float().contiguous()
-        self.results[f"frames_{result.chunk:03d}"] = result.pixels.float().clamp(-1, 1).contiguous()
-        if result.chunk and result.first_step is not None:
+        chunk, shown = first + result.chunk, result.pixels.float().clamp(-1, 1)
+        if params.small:
+            shown = enlarge(shown, self.bundle.spec.size(small=False))
+        self.results[f"latent_{chunk:03d}"] = result.latent.float().contiguous()
+        self.results[f"frames_{chunk:03d}"] = shown.contiguous()
+        if chunk and result.first_step is not None:
             self.schedule.append(list(result.first_step))
 
     def report(self) -> dict[str, Any]:
@@ -409,18 +269,6 @@ class RingReplay:
         parts = {part: {"wall_ms": round(1e3 * time_s, 3)} for part, time_s in times.items()}
         ranks = {"bounds": stats.bounds, "pass_ms": [round(1e3 * time_s, 3) for time_s in stats.rank_s]}
         return {"sessions": [{**parts, "schedule": self.schedule}], "ranks": ranks}
-
-
-def _tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
-    except SafetensorError as error:
-        raise BundleError(f"{path} is no safetensors file: {error}") from error
-    if missing := [name for name in names if name not in tensors]:
-        raise BundleError(f"{path} has no {', '.join(missing)}")
-    return tensors
 
 
 def _replay(options: argparse.Namespace) -> Replay | RingReplay:

@@ -40,7 +40,7 @@ from engine.ring_stage import Stage, StagePool
 from engine.session import Item, NoiseSource, PassInput, SessionState
 from engine.transport import Outbox
 from engine.wan.transformer import PromptContext
-from engine.wan.weights import Model
+from engine.wan.weights import VAE, Model
 
 PASSES_PER_RANK = 2
 # As many of the last measurements are kept.
@@ -50,11 +50,13 @@ J = TypeVar("J")
 
 @dataclass(eq=False)
 class _Chunk:
-    """A chunk that waits. pixels: None until it has been sent to be encoded; source: until it came back. spent_s: what
-    each rank has spent on it so far."""
+    """A chunk that waits. pixels, vae: None until it has been sent to be encoded; source: until it came back. changes:
+    the chunk before was encoded by another VAE. spent_s: what each rank has spent on it so far."""
 
     frames: Tensor
     pixels: Tensor | None = None
+    vae: VAE | None = None
+    changes: bool = False
     source: Tensor | None = None
     spent_s: list[float] = field(default_factory=list)
 
@@ -78,8 +80,9 @@ class Flow:
 
     @property
     def unsent(self) -> _Chunk | None:
-        """The next chunk that was not sent to be encoded."""
-        return next((chunk for chunk in self.waiting if isinstance(chunk, _Chunk) and chunk.pixels is None), None)
+        """The next chunk that was not sent to be encoded, of those before a change of parameters."""
+        chunks = itertools.takewhile(lambda waiting: isinstance(waiting, _Chunk), self.waiting)
+        return next((chunk for chunk in chunks if isinstance(chunk, _Chunk) and chunk.pixels is None), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,14 +375,14 @@ class RingHead(Pipeline):
                 self._count(state, chunk.frames.shape[0])
                 return True
             if chunk.pixels is None:
-                self._encode(flow, chunk)
-                return True
+                return self._encode(flow, chunk)
             if chunk.source is None:
                 return False
+            assert chunk.vae is not None  # it was encoded
             flow.waiting.popleft()
             flow.advanced = False
             began = time.perf_counter()
-            item = self._lay_out(state, chunk.pixels, chunk.source, self.model.vae)
+            item = self._lay_out(state, chunk.pixels, chunk.source, chunk.vae, changes=chunk.changes)
             self._layout_s = time.perf_counter() - began
             item.rows = self.ring_pool.rows_of_steps(item.rows)
             if item.pipelined:
@@ -412,14 +415,35 @@ class RingHead(Pipeline):
         """How many ranks have a part in encoding."""
         return sum(begin < self.chain.encode.stop for begin in self.stage.bounds[:-1])
 
-    def _encode(self, flow: Flow, chunk: _Chunk) -> None:
-        """Send a chunk to be encoded."""
+    def _encode(self, flow: Flow, chunk: _Chunk) -> bool:
+        """Send a chunk to be encoded; a light VAE beside the model's is not laid over the ranks, and does it here.
+
+        Returns: False where it must wait: at a change memories begin anew, once nothing needs the old ones.
+        """
+        state, vae = flow.state, self._vae(flow.state.params)
+        if state.encoding is not None and state.encoding is not vae and self._has_under_way(flow):
+            return False
+        began = time.perf_counter()
+        chunk.vae, chunk.changes = vae, self._turn_to(state, vae)
+        if chunk.changes:
+            self._forget(flow.slot)
+            flow.fresh, state.decoding = True, None
         chunk.pixels = self._as_pixels(chunk.frames)
+        if vae is not self.model.vae:
+            chunk.source = self._encode_by(vae, state, chunk.pixels)
+            chunk.spent_s = [time.perf_counter() - began] + [0.0] * (self.ranks - 1)
+            return True
         whole = self._whole(chunk.pixels, fresh=flow.fresh)
         flow.fresh = False
         order = self._coding(Kind.ENCODE, flow)
         order.number = self._encoding.ask(_Encoding(flow, chunk, flow.generation))
         self._begin(order, (whole,))
+        return True
+
+    def _has_under_way(self, flow: Flow) -> bool:
+        """Whether anything of a stream is encoded, denoised or shown now."""
+        jobs = (*self._encoding, *self._under_way, *self._ready, *self._showing)
+        return bool(flow.state.in_flight) or any(job.flow is flow for job in jobs)
 
     def _encode_ahead(self) -> bool:
         """Where several ranks encode, send a chunk before its turn; returns whether there was one."""
@@ -428,8 +452,7 @@ class RingHead(Pipeline):
             # Before its first prompt nothing of a stream is encoded.
             known = flow.state.prompts.context is not None
             if known and 0 < waiting < self._encoding_ranks and (chunk := flow.unsent):
-                self._encode(flow, chunk)
-                return True
+                return self._encode(flow, chunk)
         return False
 
     def _coding(self, kind: Kind, flow: Flow) -> Order:
@@ -496,12 +519,15 @@ class RingHead(Pipeline):
         order.sigma, order.strength = float(schedule.sigmas[step]), float(schedule.strength)
         job = _Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B), spent_s)
         order.number = self._under_way.ask(job)
-        if step + 1 == schedule.steps:
+        if step + 1 == schedule.steps and item.vae is self.model.vae:
             order.show, order.show_number = item.frames, self._showing.ask(job)
         self._run(order, noisy, item.source)
 
     def _issue_shown(self, flow: Flow, item: Item, spent_s: list[float]) -> None:
         """Send a chunk that has no steps to be decoded."""
+        if item.vae is not self.model.vae:
+            self._show_here(_Pass(flow, item, flow.generation, None, spent_s))
+            return
         latent = self.model.vae.normalise(item.clean) if self.sampling.latents == "raw" else item.clean
         order = self._coding(Kind.SHOW, flow)
         order.show = item.frames
@@ -583,12 +609,25 @@ class RingHead(Pipeline):
         else:
             assert state.in_flight[0] is item  # answers are taken in order
             state.in_flight.popleft()
+        if item.vae is not self.model.vae:
+            self._show_here(job)
+
+    def _show_here(self, job: _Pass) -> None:
+        """Decode a chunk by a VAE that is not laid over the ranks."""
+        began = time.perf_counter()
+        pixels = super().decode(job.item)
+        job.spent_s[0] += time.perf_counter() - began
+        self._show(job, pixels)
 
     def _shown_one(self, job: _Pass, order: Order, pixels: Tensor) -> None:
         self._note(order, self.chain.decode)
-        item, key = job.item, job.flow.key
         if job.stale:
             return
+        _add(job.spent_s, order.rank_s)
+        self._show(job, pixels)
+
+    def _show(self, job: _Pass, pixels: Tensor) -> None:
+        item, key = job.item, job.flow.key
         began, home_s, rendered = time.perf_counter(), self._layout_s, None
         if not self._raw:
             self._pixels = pixels
@@ -597,7 +636,6 @@ class RingHead(Pipeline):
         self.home_times.append(home_s)
         if self._pace is not None:
             self._pace.note(0, HOME, home_s)
-        _add(job.spent_s, order.rank_s)
         job.spent_s[0] += home_s
         if self._raw:
             self.done.append(Done(key, item.chunk, None, item, pixels))

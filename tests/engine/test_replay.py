@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.bundle import Bundle, BundleError, read_spec
 from engine.pipeline import Mode
-from engine.replay import Bundle, BundleError, Replay, RingReplay, Slots, main, read_spec
+from engine.replay import Replay, RingReplay, Slots, main
 from engine.wan.weights import WeightsError
 from tests.engine.oracle import Mode as OracleMode
 from tests.engine.oracle import Spec, make_bundle, run_bundle
