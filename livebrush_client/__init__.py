@@ -6,6 +6,6 @@ async with connect("http://127.0.0.1:8080", track, prompt="watercolor") as live:
 """
 
 from livebrush_client.api import Answer, Api, Refused, Steered
-from livebrush_client.live import Ended, Live, connect
+from livebrush_client.live import Ended, Live, Moved, connect
 
-__all__ = ["Answer", "Api", "Ended", "Live", "Refused", "Steered", "connect"]
+__all__ = ["Answer", "Api", "Ended", "Live", "Moved", "Refused", "Steered", "connect"]

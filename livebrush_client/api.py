@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -27,13 +27,21 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an offer was answered with. url: of the session, on the server; fps: the rate agreed."""
+    """What an offer was answered with.
+
+    url: of the session on the server; fps: the rate agreed. resume: token to come back with; resumed: it is the session
+    of the token that was sent. params, bypass: with which it begins.
+    """
 
     sdp: str
     session: str
     url: str
     fps: float
     size: str
+    resume: str = ""
+    resumed: bool = False
+    params: dict[str, Any] = field(default_factory=dict)
+    bypass: bool = False
 
 
 class Api:
@@ -98,11 +106,26 @@ class Api:
         """A published stream by its name."""
         return Steered(self, f"/api/v1/streams/{quote(name, safe='')}")
 
-    async def offer(self, sdp: str, params: dict[str, Any], *, bypass: bool = False) -> Answer:
-        """Open a session. Raises Refused, or KeyError and TypeError for an answer that is none."""
-        body = {"type": "offer", "sdp": sdp, "params": params, "bypass": bypass}
+    async def offer(self, sdp: str, params: dict[str, Any], *, bypass: bool = False, resume: str = "") -> Answer:
+        """Open a session, or go on with that of a `resume` token, by these settings; where it is no more, another.
+
+        Raises: Refused, or KeyError, TypeError and ValueError for an answer that is none.
+        """
+        body: dict[str, Any] = {"type": "offer", "sdp": sdp, "params": params, "bypass": bypass}
+        if resume:
+            body["resume"] = {"token": resume}
         answer = await self.call("POST", OFFER_PATH, body)
-        return Answer(answer["sdp"], answer["session"], answer["url"], float(answer["fps"]), answer["size"])
+        return Answer(
+            answer["sdp"],
+            answer["session"],
+            answer["url"],
+            float(answer["fps"]),
+            answer["size"],
+            str(answer.get("resume", "")),
+            bool(answer.get("resumed", False)),
+            dict(answer.get("params", {})),
+            bool(answer.get("bypass", False)),
+        )
 
     async def close(self, url: str) -> None:
         """End a session by the URL of its answer, which frees its seat. Raises Refused, status 404 where it is over."""

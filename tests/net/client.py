@@ -150,9 +150,9 @@ class LinkedApi(Api):
         super().__init__(url, http=http)
         self._link = link
 
-    async def offer(self, sdp: str, params: dict[str, Any], *, bypass: bool = False) -> Answer:
+    async def offer(self, sdp: str, params: dict[str, Any], *, bypass: bool = False, resume: str = "") -> Answer:
         """See Api."""
-        answer = await super().offer(self._link.towards_server(sdp), params, bypass=bypass)
+        answer = await super().offer(self._link.towards_server(sdp), params, bypass=bypass, resume=resume)
         return replace(answer, sdp=self._link.towards_client(answer.sdp))
 
 

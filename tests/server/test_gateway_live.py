@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from itertools import pairwise
@@ -14,9 +15,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from livebrush_client import Api, connect
+from livebrush_client import Api, Ended, Live, connect
 from server.gateway import Gateway, GatewaySettings, running_gateway
-from tests.e2e.serving import GatewayProcess, Server
+from tests.e2e.serving import SCRIPT, GatewayProcess, Server, has_model
 from tests.server.test_server import PATIENCE_S, MovingPicture, Visitor
 from tests.server.test_whip import Client
 
@@ -299,3 +300,100 @@ async def test_a_server_that_is_killed_loses_its_connection_and_the_page_goes_on
             await page.connect()
             assert page.visits[-1][1]["params"]["prompt"] == "neon" and two.capacity()["open"] == 1
             print(f"elsewhere {page.visits[-1][0].pictures[0][0] - killed_at:.2f} s after it asked")
+
+
+async def test_the_python_client_goes_on_at_the_other_server_with_all_that_was_set(tmp_path: Path) -> None:
+    with server(tmp_path / "a") as one, server(tmp_path / "b") as two:
+        async with front(one, two) as door, connect(door.base, MovingPicture(), prompt="neon", seed=11) as live:
+            count = 0
+
+            async def look() -> None:
+                nonlocal count
+                async for _ in live.frames():
+                    count += 1
+
+            looking = asyncio.create_task(look())
+            moved: list[dict[str, Any]] = []
+            live.on("moved", moved.append)
+            await door.until(lambda: count > 5, "pictures")
+            await live.set(strength=0.5)
+            await live.load_scenes([{"prompt": "ink"}, {"prompt": "neon at night", "name": "night"}])
+            await live.go(1)
+            first = live.answer.session
+            holder, other = (one, two) if one.capacity()["node"] == first[:8] else (two, one)
+            async with Api(holder.url) as api:
+                assert (await api.call("POST", "/api/v1/drain", {"wait_s": 0.5}))["draining"] is True
+            await door.until(lambda: live.moves == 1, "the move")
+            assert [one["resumed"] for one in moved] == [False] and live.answer.session[:8] == other.capacity()["node"]
+            begun = live.answer.params
+            assert (begun["prompt"], begun["strength"], begun["seed"]) == ("neon at night", 0.5, 11)
+            shown = count
+            await door.until(lambda: count > shown + 5, "pictures of the other server")
+            # It is steered on as before, and goes on with the scene that stood.
+            async with Api(door.base) as api:
+                async with asyncio.timeout(PATIENCE_S):
+                    while (await api.session(live.answer.session).get()).get("scene") is None:
+                        await asyncio.sleep(0.05)
+                assert (await api.session(live.answer.session).get())["scene"]["index"] == 1
+            assert (await live.set(prompt="oil"))["params"]["prompt"] == "oil"
+            assert (holder.capacity()["open"], other.capacity()["open"]) == (0, 1)
+        assert live.ended == "closed"
+        await looking
+        await door.until(lambda: other.capacity()["open"] == 0, "the seat given back")
+
+
+async def test_the_python_client_gives_up_after_some_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("livebrush_client.live.BACKOFF_S", (0.05, 0.05, 0.05))
+    with server(tmp_path / "a") as only:
+        async with connect(only.url, MovingPicture()) as live, asyncio.timeout(PATIENCE_S):
+            await anext(live.frames())
+            await asyncio.to_thread(only.stop)
+            async for _ in live.frames():
+                pass
+            assert live.ended.startswith("The server is stopping") and "it did not come back" in live.ended
+            with pytest.raises(Ended):
+                await live.set(prompt="ink")
+            assert live.moves == 0
+        only.start()
+        async with connect(only.url, MovingPicture(), reconnect=False) as live, asyncio.timeout(PATIENCE_S):
+            await anext(live.frames())
+            await asyncio.to_thread(only.stop)
+            async for _ in live.frames():
+                pass
+            assert live.ended.startswith("The server is stopping") and "come back;" not in live.ended
+
+
+@pytest.mark.skipif(not has_model(), reason="the embedded model's weights are not built")
+async def test_a_real_model_behind_the_gateway_and_its_client_moves(tmp_path: Path) -> None:
+    def node(name: str) -> Server:
+        costs = {"LIVEBRUSH_ENGINE__COSTS_DIR": str(tmp_path)}
+        return Server(tmp_path / name, engine="local", options=SMALL, patient=True, **costs)  # type: ignore[arg-type]
+
+    restyled: Counter[int] = Counter()
+    with (
+        node("a") as one,
+        node("b") as two,
+        GatewayProcess(tmp_path / "gateway", one, two, options=("--admin-port", "0")) as gateway,
+    ):
+        async with front(one, two) as door:
+            await door.until(lambda: one.is_ready() and two.is_ready(), "two models")
+            async with connect(gateway.url, MovingPicture(), prompt="watercolor", strength=0.8, seed=5) as live:
+                live.on("marks", lambda marks: restyled.update({live.moves: sum(row[4] for row in marks["frames"])}))
+                looking = asyncio.create_task(looked_at(live))
+                await door.until(lambda: restyled[0] > 0, "a restyled picture")
+                await live.set(prompt="charcoal drawing", steps=2)
+                holder, other = (one, two) if one.capacity()["open"] else (two, one)
+                drain = await asyncio.create_subprocess_exec(SCRIPT, "drain", holder.url, "--wait", "0.5")
+                await door.until(lambda: restyled[1] > 0, "a restyled picture of the other model")
+                params = live.answer.params
+                assert (params["prompt"], params["steps"]) == ("charcoal drawing", 2)
+                assert (params["strength"], params["seed"]) == (0.8, 5)
+                assert (holder.capacity()["open"], other.capacity()["open"], live.moves) == (0, 1, 1)
+                async with asyncio.timeout(PATIENCE_S):
+                    assert await drain.wait() == 0
+            await looking
+
+
+async def looked_at(live: Live) -> None:
+    async for _ in live.frames():
+        pass
