@@ -269,9 +269,10 @@ def _install(
     from pydantic import TypeAdapter
 
     from engine.wan.checkpoints import WeightsError, original_from_any, unwrap
+    from engine.wan.save import TextParts, save_wan_model
     from engine.wan.text_encoder import Style
     from engine.wan.umt5 import UMT5_XXL, umt5_from_any
-    from engine.wan.weights import STYLES_FILE, TextParts, save_wan_model
+    from engine.wan.weights import STYLES_FILE
 
     tensors = {part: _gather(files[part]) for part in files if part != "tokenizer"}
     originals = {}

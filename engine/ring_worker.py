@@ -44,7 +44,8 @@ from engine.ring_rank import PEER_GONE, Events, RingSpec, follow, make_head, run
 from engine.ring_start import Follower
 from engine.scheduler import Item, Scheduler
 from engine.transport import HOST, Message, PeerGone
-from engine.wan.weights import Model, Progress, load_model
+from engine.wan.checkpoints import Progress
+from engine.wan.weights import Model, load_model
 from engine.warm_up import WARM_UP_CHUNKS, WARM_UP_PROMPT, Passes
 from engine.worker import (
     TEXT_POLL_S,

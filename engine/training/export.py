@@ -18,8 +18,9 @@ from engine.training.phrases import STYLES
 from engine.training.phrases import Style as TrainingStyle
 from engine.training.text_table import build as build_text_table
 from engine.training.train_transformer import trained_parts
+from engine.wan.save import save_model
 from engine.wan.text_encoder import Style
-from engine.wan.weights import ModelConfig, save_model
+from engine.wan.weights import ModelConfig
 
 MODEL_NAME = "livebrush-tiny"
 # What the seed changes cannot be seen: one noise sample lasts a stream, and all of the picture comes from the camera.

@@ -30,6 +30,9 @@ from engine.api import EngineError
 from engine.wan.presets import TransformerConfig
 from engine.wan.rope import half_split_order
 
+# Told the share that is done, 0 to 1, and of what.
+Progress = Callable[[float, str], None]
+
 Part = Literal["transformer", "vae"]
 # Looked for in this order, as the public loaders do.
 CONTAINERS = ("generator", "generator_ema", "state_dict")
@@ -194,6 +197,15 @@ def transformer_to_original(tensors: Mapping[str, Tensor], config: TransformerCo
         "transformer",
     )
     return {key: tensor for rule in rules for key, tensor in rule.split(tensors[rule.key]).items()}
+
+
+def silent(share: float, what: str) -> None:
+    """A `Progress` that tells nobody."""
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """By key."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.config import WAN_SAMPLING, ServingProfile
 from engine.wan.checkpoints import transformer_to_original
 from engine.wan.presets import LIVEBRUSH_TINY, TransformerConfig
+from engine.wan.save import TextParts, save_wan_model
 from engine.wan.taehv import TAEHV
 from engine.wan.text_encoder import StaticTextEncoder, Style, StyleIndex
 from engine.wan.transformer import CausalTransformer
@@ -18,7 +19,7 @@ from engine.wan.umt5 import UMT5_XXL, umt5_names
 from engine.wan.vae import TinyVAE, TinyVAEConfig
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 from engine.wan.wan_vae import WanVAE
-from engine.wan.weights import Model, ModelConfig, TextParts, save_wan_model
+from engine.wan.weights import Model, ModelConfig
 
 VOCABULARY = ("[UNK]", "water", "##color", "watercolor", "color", "ink", "neon", "gray", "pencil", "a", "painting")
 STYLES = (

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -22,20 +21,21 @@ from typing import Annotated, Literal, Self, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.api import EngineError
-from engine.config import WAN_SAMPLING, WAN_SERVING, CacheConfig, LoraFile, SamplingConfig, ServingProfile, SteadyConfig
+from engine.config import CacheConfig, LoraFile, SamplingConfig, ServingProfile, SteadyConfig
 from engine.text_service import TEXT_ENCODER_DIR, TextService
 from engine.wan.checkpoints import (
     FileRecord,
     LazyTensors,
+    Progress,
     WeightsError,
     check_shapes,
     file_record,
-    transformer_rules,
-    write_tensors,
+    shapes_of,
+    silent,
 )
 from engine.wan.lora import read_loras
 from engine.wan.presets import TransformerConfig
@@ -51,8 +51,8 @@ from engine.wan.text_encoder import (
     TextEncoder,
 )
 from engine.wan.transformer import CausalTransformer
-from engine.wan.umt5 import TOKENIZER_FILE, read_umt5_config, umt5_names
 from engine.wan.umt5 import WEIGHTS_FILE as TEXT_WEIGHTS_FILE
+from engine.wan.umt5 import read_umt5_config, umt5_names
 from engine.wan.vae import TinyVAE, TinyVAEConfig
 from engine.wan.vae_config import TAEHVConfig, WanVAEConfig
 from engine.wan.wan_vae import WanVAE
@@ -60,13 +60,10 @@ from engine.wan.wan_vae import WanVAE
 __all__ = [
     "Model",
     "ModelConfig",
-    "TextParts",
     "WeightsError",
     "load_model",
     "quantise",
     "read_config",
-    "save_model",
-    "save_wan_model",
     "verify_model",
 ]
 CONFIG_FILE, WEIGHTS_FILE, STYLES_FILE, CARD_FILE = "config.json", "model.safetensors", "styles.json", "README.md"
@@ -74,13 +71,7 @@ TRANSFORMER_FILE, VAE_FILE, LIGHT_VAE_FILE = "transformer.safetensors", "vae.saf
 T = TypeVar("T")
 VAE = TinyVAE | WanVAE | TAEHV
 WhichVAE = Literal["auto", "full", "light", "both"]
-Progress = Callable[[float, str], None]
-_Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-# One file to be written: what it will hold, and where each tensor comes from.
-_Part = tuple[_Specs, Callable[[str], Tensor]]
 _STYLES = TypeAdapter(tuple[Style, ...])
-# Saved as they are: float16 would round what every pixel passes through.
-_EXACT = ("vae.latent_mean", "vae.latent_std")
 
 
 def _kind_of_vae(value: object) -> str:
@@ -172,7 +163,7 @@ def load_model(
     """
     config = read_config(folder)
     styles = _read(folder / STYLES_FILE, _STYLES)
-    target = _Target(torch.device(device), dtype, progress or _silent)
+    target = _Target(torch.device(device), dtype, progress or silent)
     if fp8:
         _check_float8(target.device)
     table: StaticTextEncoder | None = None
@@ -199,10 +190,6 @@ class _Target:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
-
-
-def _silent(share: float, what: str) -> None:
-    """Progress that nobody asked for."""
 
 
 def _load_single(
@@ -250,7 +237,7 @@ def _load_wan(
         (_open(folder, LIGHT_VAE_FILE if light else VAE_FILE, config), vae, None),
     ]
     for file, module, _ in files:
-        check_shapes(_shapes(module.state_dict()), file.shapes(), f"{file.path}")
+        check_shapes(shapes_of(module.state_dict()), file.shapes(), f"{file.path}")
     second = None
     if which == "both":
         assert config.light_vae is not None
@@ -295,16 +282,12 @@ def _open(folder: Path, name: str, config: ModelConfig) -> LazyTensors:
     return LazyTensors(path)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-
 def verify_model(folder: Path, progress: Progress | None = None) -> ModelConfig:
     """Check a model folder wholly: configuration, size, hash and every key of each weights file.
 
     Raises: WeightsError naming every fault of the first kind found: configuration, missing files, hashes, keys.
     """
-    report = progress or _silent
+    report = progress or silent
     config = read_config(folder)
     _read(folder / STYLES_FILE, _STYLES)
     if isinstance(config.vae, TinyVAEConfig):
@@ -341,7 +324,7 @@ def _wan_shapes(folder: Path, config: ModelConfig) -> dict[str, dict[str, tuple[
         }
         if config.light_vae is not None:
             modules[LIGHT_VAE_FILE] = _autoencoder(config, light=True)
-    expected = {name: _shapes(module.state_dict()) for name, module in modules.items()}
+    expected = {name: shapes_of(module.state_dict()) for name, module in modules.items()}
     text = f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"
     if text in config.files:
         names = umt5_names(read_umt5_config(folder / TEXT_ENCODER_DIR))
@@ -374,173 +357,6 @@ def quantise(transformer: CausalTransformer) -> None:
         settings,
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.startswith("blocks."),
     )
-
-
-def save_model(
-    folder: Path,
-    *,
-    name: str,
-    transformer: CausalTransformer,
-    vae: VAE,
-    text: TextEncoder,
-    styles: Sequence[Style],
-    card: str,
-    sampling: SamplingConfig | None = None,
-    serving: ServingProfile | None = None,
-    steady: SteadyConfig | None = None,
-) -> ModelConfig:
-    """Write the folder of a model in one file; config.json last, so that an interrupted save does not load.
-
-    Args:
-        card: the model card, Markdown, written to README.md.
-
-    Raises: TypeError for the parts of a Wan model, which `save_wan_model` takes.
-    """
-    if not isinstance(vae, TinyVAE) or not isinstance(text, StaticTextEncoder):
-        raise TypeError("one file holds a TinyVAE and a text table; a Wan model is saved by save_wan_model")
-    folder.mkdir(parents=True, exist_ok=True)
-    modules = {"transformer.": transformer.state_dict(), "vae.": vae.state_dict()}
-    tensors = {
-        prefix + key: _stored(prefix + key, tensor) for prefix, own in modules.items() for key, tensor in own.items()
-    }
-    tensors |= {f"text.{key}": tensor.cpu().contiguous() for key, tensor in text.to_tensors().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
-    _write_texts(folder, styles, card)
-    config = ModelConfig(
-        name=name,
-        transformer=transformer.config,
-        vae=vae.config,
-        sampling=sampling or SamplingConfig(),
-        serving=serving or ServingProfile(),
-        steady=steady,
-        sha256=file_record(folder / WEIGHTS_FILE).sha256,
-    )
-    _write_config(folder, config)
-    return config
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """A text encoder to be saved: its tensors under transformers' names, its config.json and its tokenizer.json."""
-
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, object]
-    tokenizer: bytes
-
-
-def save_wan_model(
-    folder: Path,
-    *,
-    name: str,
-    transformer: tuple[TransformerConfig, Mapping[str, Tensor]],
-    vae: tuple[WanVAEConfig, Mapping[str, Tensor]],
-    light_vae: tuple[TAEHVConfig, Mapping[str, Tensor]] | None = None,
-    text: TextParts | None = None,
-    sampling: SamplingConfig = WAN_SAMPLING,
-    cache: CacheConfig | None = None,
-    serving: ServingProfile = WAN_SERVING,
-    styles: Sequence[Style] = (),
-    card: str = "",
-    source: Mapping[str, str] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    progress: Progress | None = None,
-) -> ModelConfig:
-    """Write the folder of a Wan model, one tensor at a time; config.json last, so an interrupted save does not load.
-
-    Args:
-        transformer, vae, light_vae: configuration, and tensors under original or published names, which may be
-            mapped files.
-        text: left out, the model only knows prompts whose states it is given.
-        dtype: of the transformer; the other parts keep their tensors' own.
-        progress: told the share of the bytes written, 0 to 1, and the file.
-
-    Raises: WeightsError naming what a part misses, has too much or in a wrong shape; OSError.
-    """
-    report = progress or _silent
-    parts = {TRANSFORMER_FILE: _transformer_part(*transformer, dtype)} | _vae_parts(vae, light_vae)
-    folder.mkdir(parents=True, exist_ok=True)
-    if text is not None:
-        parts[f"{TEXT_ENCODER_DIR}/{TEXT_WEIGHTS_FILE}"] = _text_part(folder / TEXT_ENCODER_DIR, text)
-    total = sum(_spec_bytes(specs) for specs, _ in parts.values())
-    done, files = 0, {}
-    for file, (specs, tensor_of) in parts.items():
-        files[file] = write_tensors(
-            folder / file,
-            specs,
-            tensor_of,
-            lambda written, file=file, before=done: report((before + written) / total, f"writing {file}"),  # type: ignore[misc]
-        )
-        done += _spec_bytes(specs)
-    if text is not None:
-        for file in (CONFIG_FILE, TOKENIZER_FILE):
-            files[f"{TEXT_ENCODER_DIR}/{file}"] = file_record(folder / TEXT_ENCODER_DIR / file)
-    _write_texts(folder, styles, card)
-    config = ModelConfig(
-        name=name,
-        transformer=transformer[0],
-        vae=vae[0],
-        light_vae=light_vae and light_vae[0],
-        text="umt5",
-        sampling=sampling,
-        cache=cache or CacheConfig(),
-        serving=serving,
-        files=files,
-        source=dict(source or {}),
-    )
-    _write_config(folder, config)
-    return config
-
-
-def _transformer_part(config: TransformerConfig, original: Mapping[str, Tensor], dtype: torch.dtype) -> _Part:
-    rules = {rule.key: rule for rule in transformer_rules(config)}
-    sources = {source.key: source.shape for rule in rules.values() for source in rule.sources}
-    check_shapes(sources, _shapes(original), "the transformer")
-    return {key: (dtype, rule.shape) for key, rule in rules.items()}, lambda key: rules[key].build(original)
-
-
-def _vae_parts(
-    vae: tuple[WanVAEConfig, Mapping[str, Tensor]], light_vae: tuple[TAEHVConfig, Mapping[str, Tensor]] | None
-) -> dict[str, _Part]:
-    with torch.device("meta"):
-        wanted = {VAE_FILE: (WanVAE(vae[0]).state_dict(), vae[1])}
-        if light_vae is not None:
-            wanted[LIGHT_VAE_FILE] = (TAEHV(light_vae[0]).state_dict(), light_vae[1])
-    parts: dict[str, _Part] = {}
-    for file, (expected, tensors) in wanted.items():
-        check_shapes(_shapes(expected), _shapes(tensors), f"the VAE for {file}")
-        parts[file] = ({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in expected}, tensors.__getitem__)
-    return parts
-
-
-def _text_part(folder: Path, text: TextParts) -> _Part:
-    """Writes all but the weights."""
-    names = umt5_names(text.config)
-    check_shapes({key: source.shape for key, source in names.items()}, _shapes(text.tensors), "the text encoder")
-    folder.mkdir(exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(text.config), indent=2) + "\n")
-    (folder / TOKENIZER_FILE).write_bytes(text.tokenizer)
-    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in text.tensors.items()}
-    return specs, text.tensors.__getitem__
-
-
-def _spec_bytes(specs: _Specs) -> int:
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
-
-
-def _write_texts(folder: Path, styles: Sequence[Style], card: str) -> None:
-    listed = json.dumps([style.model_dump(mode="json") for style in styles], indent=2)
-    (folder / STYLES_FILE).write_text(listed + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def _write_config(folder: Path, config: ModelConfig) -> None:
-    without = {"files", "light_vae", "source"} if config.sha256 else {"sha256"}
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2, exclude=without) + "\n", encoding="utf-8")
-
-
-def _stored(key: str, tensor: Tensor) -> Tensor:
-    exact = key in _EXACT or not tensor.is_floating_point()
-    return tensor.detach().cpu().to(tensor.dtype if exact else torch.float16).contiguous()
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

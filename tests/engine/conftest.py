@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from engine.wan.presets import LIVEBRUSH_TINY
+from engine.wan.save import save_model
 from engine.wan.untrained import STYLES, untrained_model
-from engine.wan.weights import save_model
 
 
 @pytest.fixture(scope="session")

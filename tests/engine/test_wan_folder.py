@@ -9,6 +9,7 @@ import torch
 from engine.api import EngineError
 from engine.config import WAN_SAMPLING
 from engine.wan.checkpoints import WeightsError
+from engine.wan.save import save_model
 from engine.wan.untrained import (
     SMALL_SERVING,
     SMALL_TAEHV,
@@ -20,7 +21,7 @@ from engine.wan.untrained import (
 )
 from engine.wan.vae import VAEState
 from engine.wan.wan_vae import WanVAE
-from engine.wan.weights import Model, ModelConfig, load_model, read_config, save_model, verify_model
+from engine.wan.weights import Model, ModelConfig, load_model, read_config, verify_model
 
 
 @pytest.fixture

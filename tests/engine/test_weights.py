@@ -14,8 +14,9 @@ from torch import Tensor
 from engine.api import EngineError, StreamParams
 from engine.pipeline import Pipeline
 from engine.wan.presets import LIVEBRUSH_TINY
+from engine.wan.save import save_model
 from engine.wan.untrained import STYLES, untrained_model
-from engine.wan.weights import Model, WeightsError, load_model, save_model
+from engine.wan.weights import Model, WeightsError, load_model
 
 SMALL = LIVEBRUSH_TINY.model_copy(update={"dim": 48, "ffn_dim": 64, "heads": 2, "layers": 2, "refine_channels": 8})
 

@@ -9,9 +9,10 @@ import torch
 from engine.training.phrases import BY_ID
 from engine.training.prompt_classifier import Classifier, is_current, unfitted
 from engine.training.text_table import write_into
+from engine.wan.save import save_model
 from engine.wan.text_encoder import StaticTextEncoder, Style
 from engine.wan.untrained import VOCABULARY, untrained_model
-from engine.wan.weights import load_model, save_model
+from engine.wan.weights import load_model
 
 
 @pytest.fixture
