@@ -24,7 +24,7 @@ class Workload:
     arrivals: whether the cameras' chunks are spread evenly, or the sessions come at random instants of the first
     second and lie as they fall. jitter_s: the most by which a frame arrives late. saturated: a chunk of every session
     always waits, and nothing is ever late: how much can be rendered at all. first_frames: of a stream's first chunk.
-    warm_up_s: frames captured before are shown but not judged.
+    warm_up_s: frames captured before are shown but not judged. starts_s: when each camera begins, where that is known.
     """
 
     sessions: int = 1
@@ -37,11 +37,14 @@ class Workload:
     first_frames: int = 5
     seed: int = 0
     warm_up_s: float = WARM_UP_S
+    starts_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of bounds."""
         if not 1 <= self.sessions <= MAX_SESSIONS:
             raise ValueError(f"sessions must be 1 to {MAX_SESSIONS}, not {self.sessions}")
+        if self.starts_s and len(self.starts_s) != self.sessions:
+            raise ValueError(f"{len(self.starts_s)} starts must be one for each of {self.sessions} sessions, or none")
         if not 1 <= self.fps <= 240:
             raise ValueError(f"fps must be 1 to 240, not {self.fps}")
         if not 0.01 <= self.budget_s <= 60:
@@ -99,6 +102,8 @@ class Camera:
 
 def starts_of(workload: Workload, noise: random.Random) -> list[float]:
     """When each camera begins."""
+    if workload.starts_s:
+        return list(workload.starts_s)
     if workload.arrivals == "even":
         return [workload.period_s * i / workload.sessions for i in range(workload.sessions)]
     return sorted(noise.uniform(0, max(1.0, workload.period_s)) for _ in range(workload.sessions))

@@ -304,6 +304,13 @@ def test_on_the_camera_rung_frames_are_in_time_and_not_the_model_s() -> None:
     assert 4 <= round(run.dmr * 2 * 12 * 18) <= 8
 
 
+def test_chunks_that_are_full_together_wait_for_each_other() -> None:
+    apart, together = Workload(2, starts_s=(0.0, 0.125), jitter_s=0.0), Workload(2, starts_s=(0.0, 0.0), jitter_s=0.0)
+    runs = [simulate([split([DEVICE], 1)], 1, workload) for workload in (apart, together)]
+    ages = [run.latency_s[-1] for run in runs]
+    assert ages[1] == pytest.approx(ages[0] + 0.12, abs=0.01) and all(run.dmr == 0 for run in runs)
+
+
 def test_the_ladder_is_told_every_frame_due_and_what_became_of_it() -> None:
     workload = Workload(3, fps=16, seconds=20, budget_s=0.4, first_frames=1)
     run, server = served({}, workload)
@@ -341,6 +348,7 @@ def test_sessions_that_do_not_fit_into_memory_are_refused() -> None:
         ({"fps": math.nan}, "fps must be"),
         ({"budget_s": 0}, "budget must be"),
         ({"seconds": 1}, "seconds must be above"),
+        ({"starts_s": (0.0, 1.0)}, "2 starts must be one for each of 1 sessions"),
     ],
 )
 def test_bad_workloads_are_refused(values: dict[str, float], words: str) -> None:
