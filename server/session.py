@@ -199,6 +199,7 @@ class Session:
             "reason": reason,
             "rung": self.terms.in_force(),
             "camera_overwritten": peer.counters.get("camera_overwritten", 0),
+            "messages_passed_over": self.controls.passed_over,
             "peer": {name: count for name, count in sorted(peer.counters.items()) if count},
         }
         log.info("session %s: summary %s", self.id, json.dumps(summary))

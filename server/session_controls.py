@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 from server import control
@@ -18,6 +21,9 @@ from server.session_recorder import Recorder
 from server.session_terms import Terms, is_higher, rung_name, rung_words
 
 log = logging.getLogger(__name__)
+
+# A page that sends too much is told so this seldom.
+TOO_FAST_S = 1.0
 
 
 class Controls:
@@ -46,6 +52,9 @@ class Controls:
         self._steps_max = steps_max
         self._chunk_frames = chunk_frames
         self._bad_messages = 0
+        self.passed_over = 0
+        """Messages of the page that came too fast and were not the newest."""
+        self._too_fast_from = -math.inf
         # Of the last move, for a page that has yet to connect.
         self._rung_notice: tuple[str, dict[str, object]] | None = None
         self.scenes = Show(clock, self._follow_scene, steps_max)
@@ -63,23 +72,33 @@ class Controls:
     # --- the page
 
     async def follow(self, peer: Link) -> None:
-        """Follow the messages of the page; the rate limit and the parser are the walls."""
+        """Follow the messages of the page, as many as the rate allows; beyond, the newest. The parser is the wall."""
         bucket = control.TokenBucket(control.MESSAGES_PER_S, control.MESSAGES_BURST)
-        while (text := await peer.next_message()) is not None:
-            if not bucket.take(self._clock()):
-                self._on_bad_message(
-                    peer,
-                    control.encode(
-                        "error",
-                        code="too_fast",
-                        message=f"over {control.MESSAGES_PER_S:.0f} messages a second: message ignored, slow down",
-                    ),
-                )
-                continue
+        while (text := await self._next_message(peer, bucket)) is not None:
             try:
                 self._follow(peer, control.parse(text))
             except control.ControlError as error:
                 self._on_bad_message(peer, error.reply)
+
+    async def _next_message(self, peer: Link, bucket: control.TokenBucket) -> str | None:
+        """The next message to follow: of those over the rate the newest, and that is told. None at the end."""
+        text = await peer.next_message()
+        while text is not None and not bucket.take(self._clock()):
+            newer: str | None = text
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1 / control.MESSAGES_PER_S):
+                    newer = await peer.next_message()
+                    self.passed_over += 1
+                    self._tell_too_fast(peer)
+            text = newer
+        return text
+
+    def _tell_too_fast(self, peer: Link) -> None:
+        if (now := self._clock()) < self._too_fast_from:
+            return
+        self._too_fast_from = now + TOO_FAST_S
+        text = f"over {control.MESSAGES_PER_S:.0f} messages a second: only the newest is followed; slow down"
+        peer.send_control(control.encode("error", code="too_fast", message=text))
 
     def _on_bad_message(self, peer: Link, reply: str) -> None:
         self._bad_messages += 1

@@ -26,9 +26,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -139,10 +139,11 @@ class Soaked:
 
 
 def slope(xs: list[float], ys: list[float], most: int = 300) -> float:
-    """Median of the slopes between any two of the points, of at most so many that are evenly picked. Pure."""
+    """Median of the slopes between any two of the points, of at most so many that are evenly picked; 0 of one."""
     step = max(1, len(xs) // most)
     points = list(zip(xs[::step], ys[::step], strict=True))
-    return median((y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[i + 1 :] if x2 > x1)
+    slopes = [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[i + 1 :] if x2 > x1]
+    return median(slopes) if slopes else 0.0
 
 
 class LeakyServer(Server):
@@ -160,6 +161,7 @@ class Crowd:
         self, server: Server, http: aiohttp.ClientSession, clip: EncodedClip, pool: ThreadPoolExecutor
     ) -> None:
         self.soaked = Soaked()
+        self.refused: Counter[str] = Counter()
         self._server = server
         self._http = http
         self._clip = clip
@@ -185,7 +187,9 @@ class Crowd:
         """Come in; whether there was a place."""
         if kind == "page":
             began_at = time.monotonic()
-            if await client.open({"prompt": "neon", "strength": 0.5}) is not None:
+            refusal = await client.open({"prompt": "neon", "strength": 0.5})
+            if refusal is not None:
+                self.refused[refusal.code] += 1
                 return False
             await client.until_restyled(RESTYLED_TIMEOUT_S)
             if client.figures.has_restyled:
@@ -195,6 +199,7 @@ class Crowd:
         try:
             client._url = await enter(client, self._http, path, direction, link)
         except RuntimeError as refused:
+            self.refused[str(refused)[:60]] += 1
             if " 503 " not in str(refused):
                 self.soaked.errors.append(str(refused)[:200])
             return False
@@ -245,8 +250,10 @@ class Crowd:
                 (viewer, back, "viewer"),
             ):
                 if not await self.begin(client, its_link, kind, "steady"):
-                    raise RuntimeError(f"no place for the steady {kind}")
-            await asyncio.gather(self._steer(page), self._record(page))
+                    raise RuntimeError(f"no place for the steady {kind}: {dict(self.refused)}, {client.errors}")
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._steer(page))
+                tasks.create_task(self._record(page))
 
     async def _steer(self, page: LoadClient) -> None:
         for number in range(10**9):
@@ -288,29 +295,40 @@ async def sample(server: Server, began_at: float) -> Sample:
     return await asyncio.to_thread(read)
 
 
-async def idle(server: Server, began_at: float) -> Sample:
+async def idle(server: Server, began_at: float, errors: list[str]) -> Sample:
     """The server once everybody has gone, and what it forgets by and by is forgotten."""
 
     def is_empty() -> bool:
         streams = json.loads(server.get("/api/v1/streams"))["streams"]
         return not streams and not server.capacity()["open"]
 
-    async with asyncio.timeout(EMPTY_TIMEOUT_S):
-        while not await asyncio.to_thread(is_empty):
-            await asyncio.sleep(0.5)
+    until = time.monotonic() + EMPTY_TIMEOUT_S
+    while not await asyncio.to_thread(is_empty):
+        if time.monotonic() > until:
+            errors.append(f"somebody is still there {EMPTY_TIMEOUT_S:g} s after all have gone")
+            break
+        await asyncio.sleep(0.5)
     await asyncio.sleep(SETTLE_S)
     return await sample(server, began_at)
 
 
-async def during(seconds: float, work: Callable[[], Awaitable[None]], errors: list[str]) -> None:
-    """Do this for so long. What it raises is an error."""
-    try:
-        async with asyncio.timeout(seconds):
-            await work()
-    except TimeoutError:
-        return
-    except Exception as error:  # noqa: BLE001  (told with the rest)
-        errors.append(repr(error))
+async def during(seconds: float, work: Callable[[], Coroutine[Any, Any, None]], errors: list[str]) -> None:
+    """Do this for so long. What it raises is an error, and so is an early end."""
+    task = asyncio.ensure_future(work())
+    done, _ = await asyncio.wait([task], timeout=seconds)
+    if done:
+        errors.append(f"it ended after less than {seconds:g} s")
+    task.cancel()
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
+        errors.extend(repr(error) for error in leaves(outcome))
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group, and in the groups in it."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for one in error.exceptions for leaf in leaves(one)]
 
 
 async def soak(server: Server, seconds: float, seed: int, recordings: Path) -> Soaked:
@@ -331,16 +349,19 @@ async def soak(server: Server, seconds: float, seed: int, recordings: Path) -> S
                 await asyncio.sleep(1.0)
 
         async def all_of_it() -> None:
-            dice = [random.Random(100 * seed + number) for number in range(VISITORS)]
-            await asyncio.gather(crowd.stay(), watch(), *(crowd.visits(one) for one in dice))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(crowd.stay())
+                tasks.create_task(watch())
+                for number in range(VISITORS):
+                    tasks.create_task(crowd.visits(random.Random(100 * seed + number)))
 
         await during(min(WARM_UP_S, seconds), all_of_it, soaked.errors)
-        soaked.idle_before = await idle(server, began_at)
+        soaked.idle_before = await idle(server, began_at, soaked.errors)
         soaked.samples.clear()
         soaked.ended.clear()
         await during(seconds, all_of_it, soaked.errors)
         soaked.minutes = seconds / 60
-        soaked.idle_after = await idle(server, began_at)
+        soaked.idle_after = await idle(server, began_at, soaked.errors)
     pool.shutdown(wait=False)
     return soaked
 
@@ -380,7 +401,8 @@ def main() -> int:
     assert soaked.idle_before is not None and soaked.idle_after is not None
     slopes, left, failures = soaked.slopes(), soaked.left(), soaked.failures()
     if options.json:
-        print(json.dumps({"load_average": load, **asdict(soaked), "slopes": slopes, "failures": failures}, indent=1))
+        told = asdict(replace(soaked, ended=Counter())) | {"ended": dict(soaked.ended)}
+        print(json.dumps({"load_average": load, **told, "slopes": slopes, "failures": failures}, indent=1))
     print(f"{soaked.visits} visits in {soaked.minutes:g} minutes, load average {load:.1f} before", file=sys.stderr)
     print(", ".join(f"{count} {what}" for what, count in soaked.ended.most_common()), file=sys.stderr)
     print(f"{soaked.recordings} recordings; first picture p95 {quantile(soaked.begun_s, 0.95)} s", file=sys.stderr)

@@ -11,10 +11,10 @@ import bisect
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import av
@@ -52,7 +52,7 @@ def stamp(picture: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
     value = value << CHECK_BITS | _check(value)
     bits = [value >> place & 1 for place in reversed(range(NUMBER_BITS + CHECK_BITS))]
     stamped = picture.copy()
-    stamped[:BLOCK_PX] = np.repeat(np.array(bits, np.uint8) * 255, BLOCK_PX)[None, :, None]
+    stamped[:BLOCK_PX, : BLOCK_PX * len(bits)] = np.repeat(np.array(bits, np.uint8) * 255, BLOCK_PX)[None, :, None]
     return stamped
 
 
@@ -141,6 +141,9 @@ class Journal:
             if bisect.bisect_left(instants, instant + 1.0) - place >= share * FPS:
                 return instant - since
         return None
+
+
+Client = TypeVar("Client", bound="HardClient")
 
 
 class LinkedApi(Api):
@@ -232,13 +235,13 @@ class HardClient(LoadClient):
 
 
 @asynccontextmanager
-async def linked(
-    url: str, pictures: list[NDArray[np.uint8]], *, seed: int = 1
-) -> AsyncIterator[tuple[HardClient, Link]]:
+async def linked_as(
+    kind: type[Client], url: str, pictures: list[NDArray[np.uint8]], *, seed: int = 1
+) -> AsyncIterator[tuple[Client, Link]]:
     """A client that films, its picture on the screen, behind a link that is still good."""
     pool = ThreadPoolExecutor(2, thread_name_prefix="client-codec")
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http, Link(seed) as link:
-        client = HardClient(url, link, http, pictures, pool)
+        client = kind(url, link, http, pictures, pool)
         try:
             refusal = await client.open(PARAMS)
             assert refusal is None, refusal
@@ -248,3 +251,10 @@ async def linked(
         finally:
             await client.close()
             pool.shutdown(wait=False)
+
+
+def linked(
+    url: str, pictures: list[NDArray[np.uint8]], *, seed: int = 1
+) -> AbstractAsyncContextManager[tuple[HardClient, Link]]:
+    """The usual client."""
+    return linked_as(HardClient, url, pictures, seed=seed)
