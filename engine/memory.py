@@ -29,6 +29,8 @@ FRAMES_PER_PASS = 4
 PROMPTS_HELD = 2
 ALLOCATOR_SHARE = 0.25
 MAX_CURES = 4
+# Of what is kept of streams, what does not lie with the units of a chain (`engine.chain`).
+BESIDE_UNITS = ("prompts", "frames")
 WhichVAEs = Literal["full", "light", "both"]
 UMT5_XXL_BYTES = 11_361_845_248  # of the published bfloat16 file's tensors
 
@@ -100,6 +102,11 @@ class MemoryPlan:
     def stream_bytes(self) -> int:
         """Of one stream."""
         return sum(part.size_bytes for part in self.parts if part.kind == "stream") // self.demand.streams
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of what is neither weights nor kept by the model's parts: passes, frames and prompts."""
+        return sum(part.size_bytes for part in self.parts if part.kind == "pass" or part.name in BESIDE_UNITS)
 
     def table(self) -> str:
         """The parts and their sum, one a line."""

@@ -1,6 +1,8 @@
 """What a rank's process does in a ring: it meets the others, opens its wires, and follows rank 0 or is it."""
 
 import ctypes
+import itertools
+import math
 import os
 import queue
 import signal
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine.chain import Chain, chain_of, latents_carried
-from engine.partition import even_split
+from engine.partition import even_split, partition
 from engine.pipeline import Mode
 from engine.ring import RingHead
 from engine.ring_orders import Layout
@@ -29,6 +31,8 @@ from engine.wan.weights import Model
 PEER_GONE = 3
 PR_SET_PDEATHSIG = 1
 Loader = Callable[[int], Model]
+Room = Callable[[], float]
+"""Bytes that a rank has for what units keep of streams."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class RingSpec:
 
     streams: as many at once. span: latent frames of the usual chunk, which the buffers are made for; longer ones go in
     pieces. bounds: first unit of every rank, and the end (`engine.chain`); even where left out. balance: units move by
-    measured times; capacity_bytes: of each rank for what units keep of streams, unlimited where left out. raw: results
+    measured times; capacity_bytes: of each rank for what units keep of streams; where left out, what each rank says it
+    has room for. raw: results
     are latents and pixels as the decoder made them. waiting: chunks a stream may have unanswered. reply_timeout_s:
     after which a rank that does not answer is lost.
     """
@@ -66,6 +71,11 @@ class RingSpec:
             )
 
 
+def unlimited() -> float:
+    """Room without a bound."""
+    return math.inf
+
+
 def end_with_parent() -> None:
     """On Linux the kernel ends this process with its parent, even while it is stopped; elsewhere its wires break."""
     if sys.platform == "linux":
@@ -92,11 +102,14 @@ def run_rank(rank: int, work: Callable[[], None], *, threads: int, lost: Callabl
         os._exit(code)
 
 
-def follow(load: Loader, spec: RingSpec, rank: int, port: int) -> None:
-    """Be a rank after the first, until rank 0 says stop. port: of the store where the ranks meet. Raises PeerGone."""
+def follow(load: Loader, spec: RingSpec, rank: int, port: int, room: Room = unlimited) -> None:
+    """Be a rank after the first, until rank 0 says stop.
+
+    port: of the store where the ranks meet. room: asked for once the model is loaded. Raises PeerGone.
+    """
     model = load(rank)
-    shapes = _shapes(model, spec)
     meet(rank, spec.ranks, port)
+    shapes = _shapes(model, spec, rooms_of(spec, rank, room))
     forward, back = (open_wire(shape) for shape in shapes.wires)
     moving = dist.new_group(backend="gloo")
     onward = Outbox(forward, rank + 1, timeout_s=spec.reply_timeout_s) if rank + 1 < spec.ranks else None
@@ -109,19 +122,26 @@ def follow(load: Loader, spec: RingSpec, rank: int, port: int) -> None:
     serve(stage, shapes.layout, Inbox(forward, rank - 1), onward, answers, moving)
 
 
-def make_head(model: Model, spec: RingSpec, port: int) -> "tuple[RingHead, list[tuple[str, Inbox]]]":
-    """Rank 0 of a ring, met with the others, and its wires, see `Events`. Raises ValueError for wrong bounds."""
-    shapes = _shapes(model, spec)
+def make_head(
+    model: Model, spec: RingSpec, port: int, room: Room = unlimited
+) -> "tuple[RingHead, list[tuple[str, Inbox]]]":
+    """Rank 0 of a ring, met with the others, and its wires, see `Events`.
+
+    Raises: ValueError for wrong bounds, and where the ranks have no room for what units keep of streams.
+    """
+    if spec.ranks > 1:
+        meet(0, spec.ranks, port)
+    capacity_bytes = rooms_of(spec, 0, room)
+    shapes = _shapes(model, spec, capacity_bytes)
     options: dict[str, Any] = {
         "streams": spec.streams,
         "mode": spec.mode,
         "raw": spec.raw,
         "balance": spec.balance,
-        "capacity_bytes": spec.capacity_bytes,
+        "capacity_bytes": capacity_bytes,
         "pool_type": spec.pool_type,
     }
     if spec.ranks > 1:
-        meet(0, spec.ranks, port)
         forward, back = (open_wire(shape) for shape in shapes.wires)
         options["group"] = dist.new_group(backend="gloo")
         options["onward"] = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
@@ -142,13 +162,38 @@ class _Shapes:
     wires: tuple[WireShape, WireShape]
 
 
-def _shapes(model: Model, spec: RingSpec) -> _Shapes:
-    """Raises ValueError for bounds that are none of this chain."""
+def first_bounds(chain: Chain, capacity_bytes: Sequence[float]) -> tuple[int, ...]:
+    """Where units lie before anything is measured: as many on each rank as on the others, where memory allows that.
+
+    Raises: PartitionError, where they fit nowhere.
+    """
+    even = even_split(len(capacity_bytes), chain.units)
+    held = (sum(chain.unit_bytes[begin:end]) for begin, end in itertools.pairwise(even))
+    if all(size <= room for size, room in zip(held, capacity_bytes, strict=True)):
+        return even
+    return partition([[1.0] * chain.units] * len(capacity_bytes), chain.unit_bytes, capacity_bytes).bounds
+
+
+def rooms_of(spec: RingSpec, rank: int, room: Room) -> tuple[float, ...]:
+    """What every rank has room for; each tells all others. Raises PeerGone."""
+    own = room() if spec.capacity_bytes is None else spec.capacity_bytes[rank]
+    if spec.ranks == 1:
+        return (own,)
+    told = [torch.zeros(1, dtype=torch.float64) for _ in range(spec.ranks)]
+    try:
+        dist.all_gather(told, torch.tensor([own], dtype=torch.float64))
+    except RuntimeError as error:
+        raise PeerGone(f"a rank ended as the ring began: {error}") from error
+    return tuple(float(each) for each in told)
+
+
+def _shapes(model: Model, spec: RingSpec, capacity_bytes: Sequence[float]) -> _Shapes:
+    """Raises ValueError for bounds that are none of this chain, and where units fit nowhere."""
     config = model.config.transformer
     steps = 4 if model.config.sampling.timesteps is None else len(model.config.sampling.timesteps)
     rows = spec.streams * (steps if spec.mode == "batch" else 1)
     chain = chain_of(model, spec.width, spec.height, span=spec.span, streams=spec.streams, rows=rows)
-    bounds = spec.bounds or even_split(spec.ranks, chain.units)
+    bounds = spec.bounds or first_bounds(chain, capacity_bytes)
     chain.check(bounds, spec.ranks)
     size = spec.height // PIXELS_PER_LATENT, spec.width // PIXELS_PER_LATENT
     grid = size[0] // config.patch[1], size[1] // config.patch[2]

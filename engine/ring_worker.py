@@ -26,7 +26,6 @@ from multiprocessing.connection import Connection as PipeConnection
 from multiprocessing.connection import wait
 
 import numpy as np
-import psutil
 import torch
 from torch._C._distributed_c10d import TCPStore
 
@@ -36,7 +35,7 @@ from engine.cost_book import Kinds
 from engine.cost_model import Work
 from engine.frame_memory import RING_SLOTS_PER_RANK, FrameLayout, FrameMemory
 from engine.health import Verdict
-from engine.memory import check, pool_streams
+from engine.memory import check, plan_of, pool_streams
 from engine.messages import Open, Status, StreamFailed, Submit, ToRank
 from engine.ring import Done, RingHead
 from engine.ring_pace import WINDOW_PASSES
@@ -57,6 +56,7 @@ from engine.worker import (
     Worker,
     check_fits,
     dtype_of,
+    free_bytes,
 )
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,15 @@ def rank_device(settings: EngineSettings, rank: int) -> torch.device:
     return device if device.index is None else torch.device(device.type, device.index + rank)
 
 
+def room_of(settings: EngineSettings, rank: int) -> float:
+    """Bytes that a rank has for what units keep of streams, now that its weights are loaded. Ranks on a CPU share one
+    memory, and take no heed of each other's part of it."""
+    device = rank_device(settings, rank)
+    sharing = settings.rank_count if device.type == "cpu" else 1
+    free = free_bytes(device)
+    return max(0, free // sharing - plan_of(settings, free).beside_bytes)
+
+
 def spec_of(settings: EngineSettings) -> RingSpec:
     """The ring that settings ask for, alike on all of its ranks."""
     return RingSpec(
@@ -131,7 +140,7 @@ def follow_worker(settings: EngineSettings, rank: int, pipe: PipeConnection) -> 
             port = pipe.recv()
         except EOFError:
             raise PeerGone("rank 0 ended before it said where to meet") from None
-        follow(RankLoader(settings), spec_of(settings), rank, port)
+        follow(RankLoader(settings), spec_of(settings), rank, port, lambda: room_of(settings, rank))
 
     run_rank(rank, work, threads=settings.threads, lost=lambda why: log.debug("rank %d ends: %s", rank, why))
 
@@ -157,7 +166,7 @@ class RingWorker(Worker):
         plan = check_fits(settings, device)
         if device.type == "cpu":
             # All of them hold all weights, in one memory.
-            check(plan, psutil.virtual_memory().available // settings.rank_count)
+            check(plan, free_bytes(device) // settings.rank_count)
         self._recall(device, plan)
         store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=WARM_UP_HANG_S), wait_for_workers=False)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -167,7 +176,7 @@ class RingWorker(Worker):
         loader = RankLoader(settings)
         model = loader.load(0, lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what))
         try:
-            self._pipeline, inboxes = make_head(model, spec_of(settings), store.port)
+            self._pipeline, inboxes = make_head(model, spec_of(settings), store.port, lambda: room_of(settings, 0))
         except ValueError as error:
             raise EngineError(f"{settings.model}: {error}") from error
         except RuntimeError as error:

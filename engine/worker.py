@@ -418,17 +418,22 @@ def dtype_of(settings: EngineSettings) -> torch.dtype:
     return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
+def free_bytes(device: torch.device) -> int:
+    """What is free on a device now. Raises EngineError where there is none."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    if not torch.cuda.is_available():
+        raise EngineError(f"device {device}: torch {torch.__version__} sees no GPU; use --devices cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def check_fits(settings: EngineSettings, device: torch.device) -> MemoryPlan:
     """Compare what the model will need with what the device has, before anything is loaded; returns the need.
 
     Raises: EngineError with the parts, the bound and the cures.
     """
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise EngineError(f"device {device}: torch {torch.__version__} sees no GPU; use --devices cpu")
-        available, _ = torch.cuda.mem_get_info(device)
-    else:
-        available = psutil.virtual_memory().available
+    available = free_bytes(device)
     try:
         plan = plan_of(settings, available)
     except ValueError as error:

@@ -1,22 +1,28 @@
 """W ranks give bit for bit what one gives, streams coming, changing and going, blocks moving; and end as a unit."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, RankLost, StreamParams
-from engine.partition import even_split, partition, stage_times
+from engine.chain import chain_of
+from engine.partition import PartitionError, even_split, partition, stage_times
 from engine.pipeline import Mode, Pipeline
 from engine.ring_group import RingGroup, RingResult
 from engine.ring_orders import Change, Kind, Layout, Order
-from engine.ring_rank import RingSpec, make_head
+from engine.ring_pace import WINDOW_PASSES
+from engine.ring_rank import RingSpec, first_bounds, make_head, rooms_of
+from engine.transport import meet
 from engine.wan.weights import Model
 from tests.engine.ring_models import BLOCK_S, PACED_LAYERS, Paced, averaged, embedded, flow, light, renewed, wan
 from tests.engine.streams import camera
@@ -232,6 +238,39 @@ def test_the_embedded_model_over_two_ranks_is_itself() -> None:
         results = play(group, steps, 64, 64)
         assert group.stats().bounds == (0, 8, 14)
     assert_same(results, Alone(embedded(0), "batch", 64, 64).play(steps))
+
+
+def test_units_lie_where_their_memory_fits_from_the_start_and_as_they_move() -> None:
+    model = flow(0)
+    chain = chain_of(model, WIDTH, HEIGHT, span=1, streams=4, rows=16)
+    whole = sum(chain.unit_bytes)
+    # Room for nothing that is kept, then for a third, then for all.
+    room = (0.0, whole / 3, float(whole))
+    steps = [Step("open", "a", params(steps=2)), *feed("a", range(2 * WINDOW_PASSES))]
+    with RingGroup(flow, RingSpec(3, WIDTH, HEIGHT, raw=True, balance=True, capacity_bytes=room)) as group:
+        begun = group.stats().bounds
+        results = play(group, steps)
+        bounds = group.stats().bounds
+    assert begun != even_split(3, chain.units)
+    for split in (begun, bounds):
+        held = [sum(chain.unit_bytes[begin:end]) for begin, end in pairwise(split)]
+        assert all(size <= most for size, most in zip(held, room, strict=True)) and sum(held) == whole
+    assert_same(results, Alone(model, "batch", WIDTH, HEIGHT).play(steps))
+    with pytest.raises(PartitionError, match="do not fit"):
+        first_bounds(chain, (whole / 3, whole / 3))
+
+
+def test_every_rank_tells_the_others_what_it_has_room_for() -> None:
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as pool:
+        told = pool.starmap(rooms_told, [(rank, store.port) for rank in range(3)], chunksize=1)
+    assert told == [(1e9, 2e9, 3e9)] * 3
+
+
+def rooms_told(rank: int, port: int) -> tuple[float, ...]:
+    meet(rank, 3, port)
+    return rooms_of(RingSpec(3, WIDTH, HEIGHT), rank, lambda: 1e9 * (rank + 1))
 
 
 def test_blocks_leave_a_slow_rank_and_come_back(tmp_path: Path) -> None:
