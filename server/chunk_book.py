@@ -50,7 +50,7 @@ class ChunkBook:
     def count(self, stream: EngineStream) -> None:
         """Book what the stream has counted since the last call."""
         dropped = stream.counters.frames_dropped
-        self._metrics.on_engine_missed(dropped - self._drops)
+        self._metrics.on_engine_lost(dropped - self._drops)
         self._drops = dropped
         self._metrics.on_reanchored(stream.counters.reanchored - self._reanchored)
         self._reanchored = stream.counters.reanchored

@@ -18,8 +18,11 @@ PROMISE_LOAD, and within the latency budget.
 - Up: after CLEAN_S without either and with room for more, to the highest rung that is good with room to spare. A way
   up that is taken back within RELAPSE_S doubles the wait for the next one: an engine at its edge moves the picture
   seldom.
-- The camera is the last rung: when no other would be in time for half of its frames. It is left after the same wait,
-  for only trying tells whether the engine is better.
+- The camera is the last rung, for when there is no painting to be seen: at once when the engine could not render half
+  of any other's frames; else when, for LAST_S, over half of them were not shown, or no rung would show three in four
+  in time. Late is no reason, for a painting a little late is more than none; nor is a second in which the machine did
+  something else, for the camera stays for CLEAN_S. It is left after the same wait, for only trying tells whether the
+  engine is better.
 - One move in MOVE_PERIOD_S.
 """
 
@@ -39,21 +42,23 @@ RATES_FPS = (60.0, 30.0, 24.0, 20.0, 15.0, 12.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 
 STAY_LOAD = 0.95
 PROMISE_LOAD = 0.85
 RISE_LOAD = 0.80
-# At more than this no rung is in time for half of its frames.
+# At more than this not half of a rung's frames can be rendered.
 HOPELESS_LOAD = 2.0
 MISSED_SHARE = 0.05
-HOPELESS_SHARE = 0.5
+LOST_SHARE = 0.5
 # Fewer frames than this in a second are too few to tell a share.
 MIN_DUE = 4
 WINDOW_S = 1.0
+LAST_S = 3.0
 MOVE_PERIOD_S = 3.0
 CLEAN_S = 10.0
 MAX_CLEAN_S = 160.0
 RELAPSE_S = 30.0
 # Of the way beside the engine: decoding, scaling, the pacer.
 MARGIN_S = 0.05
-# A picture later than the budget by this is worse than the camera.
+# Beyond, a picture is not shown while a newer one waits (server/pacer.py); of a chunk this part may be, and no more.
 TOLERANCE_S = 0.1
+LOST_PART = 0.25
 # A rung that needs not even this much less is no help.
 REAL_GAIN = 0.02
 
@@ -83,13 +88,14 @@ class Signals:
     """What `Ladder.decide` is told.
 
     capacity: the engine's measured costs. wishes: wished steps, of each session. due: frames due since the last call;
-    missed: those that the engine dropped or that were shown past the budget since.
+    missed: those that were shown past the budget since, or never; lost: those never, of them.
     """
 
     capacity: Capacity
     wishes: tuple[int, ...]
     due: int = 0
     missed: int = 0
+    lost: int = 0
 
 
 def rungs(settings: ServerSettings, *, steps_max: int, has_small: bool, has_light: bool = False) -> list[Rung]:
@@ -151,10 +157,15 @@ class Demand:
         return min(followed, key=self.latency_s) if followed else restyled[-1] if restyled else None
 
     def is_hopeless(self, rung: Rung) -> bool:
-        """Whether most frames of the rung would be missed: too many, or each too late were its session alone."""
+        """Whether most frames of the rung could not be rendered."""
+        return self.load(rung) > HOPELESS_LOAD
+
+    def is_too_late(self, rung: Rung) -> bool:
+        """Whether more than LOST_PART of each chunk would come too late to be shown, were its session alone."""
         others_s = self.chunks_s(rung) * (1 - 1 / max(1, len(self.wishes)))
         alone_s = self.latency_s(rung) - MARGIN_S - others_s
-        return self.load(rung) > HOPELESS_LOAD or alone_s > self.settings.latency_budget_s + TOLERANCE_S
+        shown_s = alone_s - LOST_PART * self.capacity.chunk_frames / rung.fps
+        return shown_s > self.settings.latency_budget_s + TOLERANCE_S
 
     def leaves(self, rung: Rung) -> tuple[object, ...]:
         """What the rung leaves of the wishes: equal for rungs that only deny steps that nobody wishes."""
@@ -168,16 +179,17 @@ class Demand:
 
 
 class Misses:
-    """The missed share of the frames of the last second. Pure: instants are passed in."""
+    """The missed share of the frames of the last second, or of a longer time. Pure: instants are passed in."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self._window_s = window_s
         self._samples: deque[tuple[float, int, int]] = deque()
 
     def note(self, now: float, due: int, missed: int) -> tuple[float, bool]:
         """Take in what was due and missed since the last call; returns the share, and whether more than one sample has
         a part in it."""
         self._samples.append((now, due, missed))
-        while self._samples[0][0] <= now - WINDOW_S:
+        while self._samples[0][0] <= now - self._window_s:
             self._samples.popleft()
         all_due = sum(sample[1] for sample in self._samples)
         all_missed = sum(sample[2] for sample in self._samples)
@@ -199,7 +211,8 @@ class Ladder:
         self._settings = settings
         self._steps_max = steps_max
         self._wishes: tuple[int, ...] = (wish,)
-        self._misses = Misses()
+        self._misses, self._losses = Misses(), Misses(LAST_S)
+        self._too_late_since: float | None = None
         self._overloaded = 0
         self._clean_since, self._clean_s = now, CLEAN_S
         self._moved_at = self._rose_at = float("-inf")
@@ -231,6 +244,8 @@ class Ladder:
     def hold(self, now: float) -> None:
         """The engine does not render (it loads, or was lost): what is missed meanwhile tells nothing."""
         self._misses.clear()
+        self._losses.clear()
+        self._too_late_since = None
         self._overloaded = 0
         self._clean_since = now
 
@@ -243,6 +258,12 @@ class Ladder:
         ladder = self._rungs(signals.capacity)
         at = self._find(ladder, demand)
         missed, goes_on = self._misses.note(now, signals.due, signals.missed)
+        lost, _ = self._losses.note(now, signals.due, signals.lost)
+        best = demand.least_bad(ladder)
+        if best is None or not demand.is_too_late(best):
+            self._too_late_since = None
+        elif self._too_late_since is None:
+            self._too_late_since = now
         self._overloaded = self._overloaded + 1 if demand.load(self._rung) > STAY_LOAD else 0
         higher = self._higher(ladder, at, demand)
         if self._overloaded or missed > MISSED_SHARE or higher is None:
@@ -253,7 +274,7 @@ class Ladder:
         if now - self._moved_at < MOVE_PERIOD_S:
             return None
         if overloaded or (missed > MISSED_SHARE and goes_on):
-            return self._down(now, ladder, at, demand, missed)
+            return self._down(now, ladder, at, demand, missed, lost)
         if higher is not None and now - self._clean_since >= self._clean_s:
             reason = "trying again" if self._rung.camera else f"the engine has had room for {self._clean_s:.0f} s"
             self._rose_at = now
@@ -277,20 +298,23 @@ class Ladder:
         self._rung, self._depth = ladder[at], at
         return at
 
-    def _down(self, now: float, ladder: list[Rung], at: int, demand: Demand, missed: float) -> Move | None:
+    def _down(self, now: float, ladder: list[Rung], at: int, demand: Demand, missed: float, lost: float) -> Move | None:
         reason = demand.in_words(self._rung)
         if demand.load(self._rung) <= STAY_LOAD:
             reason = f"{missed:.0%} of the frames of the last second came too late"
-        target = self._lower(ladder, at, demand, missed)
+        too_late = self._too_late_since is not None and now - self._too_late_since >= LAST_S
+        target = self._lower(ladder, at, demand, gives_up=too_late or lost > LOST_SHARE)
         if target is None:
             return None
         if target.camera:
+            if lost > LOST_SHARE:
+                reason = f"{lost:.0%} of the frames of the last {LAST_S:.0f} s came far too late"
             reason += ", and no other setting would be in time"
         self._clean_s = min(2 * self._clean_s, MAX_CLEAN_S) if now - self._rose_at < RELAPSE_S else CLEAN_S
         self._reason = reason
         return self._move(now, ladder, target, reason)
 
-    def _lower(self, ladder: list[Rung], at: int, demand: Demand, missed: float) -> Rung | None:
+    def _lower(self, ladder: list[Rung], at: int, demand: Demand, *, gives_up: bool) -> Rung | None:
         here, camera = self._rung, ladder[-1]
         if here.camera:
             return None
@@ -300,9 +324,10 @@ class Ladder:
         if demand.load(here) <= STAY_LOAD:
             # It is the latency then, and at fewer frames a chunk fills more slowly.
             below = [rung for rung in below if demand.latency_s(rung) < demand.latency_s(here)]
-        if target := demand.least_bad(below):
-            return camera if demand.is_hopeless(target) else target
-        return camera if missed > HOPELESS_SHARE or demand.is_hopeless(here) else None
+        target = demand.least_bad(below)
+        if demand.is_hopeless(target or here):
+            return camera
+        return target or (camera if gives_up else None)
 
     def _higher(self, ladder: list[Rung], at: int, demand: Demand) -> Rung | None:
         good = demand.first_good(ladder[:at], RISE_LOAD)

@@ -139,14 +139,16 @@ class ServerMetrics:
 class SessionMetrics:
     """Counters, recent quantiles and those of the whole session. Instants are passed in.
 
-    engine_missed: frames that the engine gave up, as soon as it says so, and frames that were late: what the ladder
-    goes by. The ledger counts the same frames by identity, a chunk later.
+    engine_missed: frames that the engine gave up, as soon as it says so, that came too late to be shown, or were late:
+    what the ladder goes by; engine_lost: those that were never shown. The ledger counts the same frames by identity, a
+    chunk later.
     """
 
     def __init__(self, server: ServerMetrics, offered_at: float, latency_budget_s: float) -> None:
         self.offered_at = offered_at
         self.ttff_s: float | None = None
-        self.released = self.restyled = self.thinned = self.reanchored = self.engine_missed = self.freezes = 0
+        self.released = self.restyled = self.thinned = self.reanchored = self.freezes = 0
+        self.engine_missed = self.engine_lost = 0
         self.frozen_s = 0.0
         self.released_at = float("-inf")
         self.withheld: Counts[str] = Counts()
@@ -214,9 +216,10 @@ class SessionMetrics:
         if self.ledger.unsent(index, reason):
             self._miss(now, reason, 1)
 
-    def on_engine_missed(self, frames: int) -> None:
-        """The engine says that it gave up so many frames more."""
+    def on_engine_lost(self, frames: int) -> None:
+        """The engine says that it gave up so many frames more, or they came too late to be shown."""
         self.engine_missed += frames
+        self.engine_lost += frames
 
     def on_submitted(self, now: float) -> None:
         """A chunk was handed to the engine."""

@@ -84,8 +84,8 @@ class SessionRegistry:
         self._process = psutil.Process()
         # Of sessions that are over.
         self._due_before = 0
-        # Frames of each session that the ladder has been told of: due, missed.
-        self._told: dict[str, tuple[int, int]] = {}
+        # Frames of each session that the ladder has been told of: due, missed, lost.
+        self._told: dict[str, tuple[int, int, int]] = {}
         self._watch_task: asyncio.Task[None] | None = None
         self._closing = self._draining = False
         self._drain_task: asyncio.Task[None] | None = None
@@ -405,7 +405,7 @@ class SessionRegistry:
     def _sample(self) -> None:
         """Tell the ladder what has become of the frames, and have every session stand where it says."""
         now = self._context.clock()
-        due, missed = self._frames_since(now)
+        due, missed, lost = self._frames_since(now)
         for session in self._sessions.values():
             if session.peer is not None and session.peer.connected_at is not None:
                 self._tokens.confirm(session.id)
@@ -417,8 +417,10 @@ class SessionRegistry:
             self._ladder.hold(now)
             return
         fps, host, sessions = self._cap.fps, self._meter.host, len(self._sessions)
-        ours = missed if host.is_to_blame(self.rung.fps, sessions, self.load) else 0
-        move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed - ours))
+        ours = 0
+        if host.is_to_blame(self.rung.fps, sessions, self.load):
+            ours, missed, lost = missed, 0, 0
+        move = self._ladder.decide(now, Signals(self._context.engine.capacity, self._wishes(), due, missed, lost))
         capped = self._cap.decide(now, host, sessions, due=due, missed=ours) < self._ladder.rung.fps
         reason = self._cap.reason if capped or self._cap.fps != fps else self._ladder.reason
         rung = self.rung
@@ -426,18 +428,19 @@ class SessionRegistry:
             if session.terms.rung != rung:
                 session.controls.set_rung(rung, move.reason if move else reason)
 
-    def _frames_since(self, now: float) -> tuple[int, int]:
-        """Frames due and missed in all sessions since the last call."""
-        due = missed = 0
+    def _frames_since(self, now: float) -> tuple[int, int, int]:
+        """Frames due, missed and lost in all sessions since the last call."""
+        due = missed = lost = 0
         for session in self._sessions.values():
             metrics = session.metrics
-            total = (metrics.due, metrics.engine_missed)
-            told = self._told.get(session.id, (0, 0))
+            total = (metrics.due, metrics.engine_missed, metrics.engine_lost)
+            told = self._told.get(session.id, (0, 0, 0))
             self._told[session.id] = total
             if metrics.ttff_s is not None or now - metrics.offered_at > STARTING_S:
                 due += total[0] - told[0]
                 missed += total[1] - told[1]
-        return due, missed
+                lost += total[2] - told[2]
+        return due, missed, lost
 
     def _measure(self, busy_share: float) -> None:
         """Learn what a frame costs this process."""

@@ -338,7 +338,9 @@ class Media:
                 await asyncio.sleep(min(wait, RELEASE_POLL_S))
                 continue
             now = self._clock()
-            self._metrics.on_dropped(now, "too_old", [picture.index for picture in self._pacer.shed(now)])
+            shed = self._pacer.shed(now)
+            self._metrics.on_dropped(now, "too_old", [picture.index for picture in shed])
+            self._metrics.on_engine_lost(len(shed))
             self.release(self._pacer.pop(now))
 
     def release(self, picture: Picture) -> None:

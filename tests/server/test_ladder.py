@@ -14,6 +14,7 @@ from engine.api import Capacity, ChunkCostAt
 from engine.config import EngineSettings
 from server.ladder import (
     CLEAN_S,
+    LAST_S,
     MARGIN_S,
     MISSED_SHARE,
     MOVE_PERIOD_S,
@@ -52,6 +53,7 @@ class Run:
         self.wishes = wishes
         self.chunk_s = chunk_s
         self.missed_share: float | None = None
+        self.lost_share = 0.0
         self.now = 0.0
         self.moves: list[tuple[float, Move]] = []
         self.ladder = Ladder(SERVER, capacity_of(chunk_s, small=small), steps_max=4, wish=wishes[0], now=0.0)
@@ -69,7 +71,8 @@ class Run:
         due = round(self.ladder.rung.fps * len(self.wishes) * SAMPLE_S)
         share = max(0.0, 1 - 1 / self.load) if self.load > 1 else 0.0
         share = share if self.missed_share is None else self.missed_share
-        move = self.ladder.decide(self.now, Signals(self.capacity, self.wishes, due, int(due * share)))
+        lost = int(due * min(share, self.lost_share))
+        move = self.ladder.decide(self.now, Signals(self.capacity, self.wishes, due, int(due * share), lost))
         if move is not None:
             self.moves.append((self.now, move))
         return move
@@ -175,7 +178,7 @@ def test_it_begins_where_one_session_can_stand() -> None:
     assert not Run(5.0).ladder.rung.camera  # who comes may at least see it tried
 
 
-@pytest.mark.parametrize(("small", "expected"), [(True, Rung(1, True, 15)), (False, Rung(1, False, 24, camera=True))])
+@pytest.mark.parametrize(("small", "expected"), [(True, Rung(1, True, 15)), (False, Rung(1, False, 8))])
 def test_an_engine_four_times_slower_is_answered_by_one_move_within_a_second(small: bool, expected: Rung) -> None:
     run = Run(0.1, small=small).go(20)
     assert run.moves == []
@@ -284,20 +287,53 @@ def test_the_camera_comes_when_nothing_else_is_in_time_and_is_left_by_trying() -
     assert run.ladder.rung == Rung(4, False, 24)
 
 
-def test_the_camera_comes_when_the_last_rung_misses_more_than_half() -> None:
+def test_the_camera_comes_when_most_frames_of_the_last_rung_are_never_shown() -> None:
     run = Run(0.25, small=False).go(5)
-    run.missed_share = 0.9
+    run.missed_share = run.lost_share = 0.9
     run.go(40)
     assert any(move.target.camera for _, move in run.moves)
     fps = [move.target.fps for _, move in run.moves if not move.target.camera and move.reason != "trying again"]
     assert fps == sorted(fps, reverse=True)
 
 
-def test_while_the_last_rung_shows_most_frames_it_is_kept() -> None:
+@pytest.mark.parametrize(("missed", "lost"), [(0.9, 0.0), (0.9, 0.4)])
+def test_late_pictures_are_no_reason_for_the_camera_while_most_are_shown(missed: float, lost: float) -> None:
     run = Run(0.25, small=False).go(5)
-    run.missed_share = 0.3
+    run.missed_share, run.lost_share = missed, lost
     run.go(60)
     assert not any(move.target.camera for _, move in run.moves)
+
+
+def test_a_machine_that_did_something_else_for_a_second_is_no_reason_for_the_camera() -> None:
+    run = Run(0.25, small=False).go(5)
+    for stall_s, expected in ((1.25, False), (2.5, True)):
+        run.missed_share = run.lost_share = 1.0
+        run.go(stall_s)
+        run.missed_share = run.lost_share = 0.0
+        run.go(5)
+        assert run.ladder.rung.camera is expected
+    assert "far too late" in run.ladder.reason
+
+
+def test_the_camera_comes_when_no_rung_is_in_time_for_seconds_and_pictures_are_late() -> None:
+    """470 ms a chunk at the smaller size: at 8 fps, which the engine can follow, half of each chunk comes too late."""
+    run = Run(0.1).go(5)
+    for slow_s, expected in ((1.5, False), (5.0, True)):
+        run.chunk_s, run.missed_share = 0.84, 0.5
+        run.go(slow_s)
+        run.chunk_s, run.missed_share = 0.1, None
+        run.go(1)
+        assert run.ladder.rung.camera is expected
+    (first, _), *_, (last, move) = run.moves
+    assert move.target.camera and run.moves[0][1].target.fps == 8 and last - first >= LAST_S
+
+
+def test_a_rung_that_would_show_three_of_four_frames_is_none_to_be_given_up() -> None:
+    """340 ms a chunk and no smaller size: 10 fps, the oldest frame of each chunk 0.64 s old and the others in time."""
+    run = Run(0.1, small=False).go(5)
+    run.chunk_s = 0.34
+    run.go(20)
+    assert [move.target for _, move in run.moves] == [Rung(1, False, 10)]
 
 
 # --- hysteresis
