@@ -6,8 +6,10 @@ import { ClockMap, FrameMeter } from "./measure.js";
 
 const PING_MS = 1_000;
 const HTTP_TIMEOUT_MS = 15_000;
-// Telemetry comes twice a second; a server that says nothing for this long is gone.
-const SILENCE_MS = 5_000;
+// Telemetry comes twice a second. A server that says nothing for this long is asked, and gone if it does not answer: a
+// page that was busy itself has the answer waiting.
+const SILENCE_MS = 2_000;
+const ASKED_MS = 750;
 
 /** The connection cannot be made or has ended; `code` as in the protocol, server_gone, or no_media_path. */
 export class ConnectionLost extends Error {
@@ -36,7 +38,8 @@ export class Line extends EventTarget {
   _url = null;
   _closed = false;
   _opened = false;
-  #heardBy = 0;
+  #connectedBy = 0;
+  #silence = 0;
   #timer = 0;
   #nextId = 1;
   /** @type {Map<number, {resolve: Function, reject: Function}>} */
@@ -97,7 +100,7 @@ export class Line extends EventTarget {
     this._url = answer.url;
     this.session = answer.session;
     this.agreedFps = answer.fps;
-    this.#heardBy = performance.now() + patienceMs;
+    this.#connectedBy = performance.now() + patienceMs;
     this.#timer = setInterval(() => this.#tick(), PING_MS);
   }
 
@@ -147,6 +150,7 @@ export class Line extends EventTarget {
     this._closed = true;
     this.#abort.abort();
     clearInterval(this.#timer);
+    clearTimeout(this.#silence);
     this._tearDown();
     for (const { resolve } of this.#requests.values()) resolve(null);
     this.#requests.clear();
@@ -166,7 +170,13 @@ export class Line extends EventTarget {
   // --- its own
 
   #hear() {
-    this.#heardBy = performance.now() + SILENCE_MS;
+    clearTimeout(this.#silence);
+    if (!this._closed) this.#silence = setTimeout(() => this.#ask(), SILENCE_MS);
+  }
+
+  #ask() {
+    this.#ping();
+    this.#silence = setTimeout(() => this._lose("server_gone", "The server has gone silent."), ASKED_MS);
   }
 
   #send(message) {
@@ -196,12 +206,11 @@ export class Line extends EventTarget {
   }
 
   async #tick() {
-    if (performance.now() > this.#heardBy) {
-      if (this._opened) this._lose("server_gone", "The server has gone silent.");
-      else this._lose("no_media_path", "This network lets no video call through.");
+    if (this._opened) this.#ping();
+    else if (performance.now() > this.#connectedBy) {
+      this._lose("no_media_path", "This network lets no video call through.");
       return;
     }
-    if (this._opened) this.#ping();
     const media = await this._readMedia();
     if (this._closed) return;
     if (media.encodeMs !== null) this.meter.encodeMs = media.encodeMs;

@@ -6,7 +6,7 @@ import { SocketConnection } from "./socket.js";
 import { SourceError, cameraIsGranted, openMicrophone, openSource } from "./sources.js";
 import { Ticket } from "./ticket.js";
 
-const BACKOFF_S = [0.5, 1, 2, 4, 8];
+const BACKOFF_S = [0.25, 1, 2, 4, 8];
 const FULL_RETRY_S = 5;
 // Pages that were told the same time do not come back in the same instant; none comes earlier than it was told.
 const RETRY_JITTER = 0.2;

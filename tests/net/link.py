@@ -127,6 +127,7 @@ class Link:
         self.strays = 0
         """Datagrams of neither side, or that came before both were known."""
         self._client: tuple[str, int] | None = None
+        self._learns = False
         self._server: tuple[str, int] | None = None
         self._near = _Socket(self._from_client)
         self._far = _Socket(self._from_server)
@@ -157,6 +158,12 @@ class Link:
         sdp, self._client = _moved(offer_sdp, _port(self._far))
         return sdp
 
+    def towards_server_unseen(self, offer_sdp: str) -> str:
+        """The offer to send of a client that trickles: without candidates. Who first sends to the near socket is it."""
+        self._client, self._learns = None, True
+        lines = [line for line in offer_sdp.splitlines() if not line.startswith("a=candidate:")]
+        return "\r\n".join(lines) + "\r\n"
+
     def towards_client(self, answer_sdp: str) -> str:
         """The answer to take: the server is where the near socket is."""
         sdp, self._server = _moved(answer_sdp, _port(self._near))
@@ -169,6 +176,8 @@ class Link:
         return self._server
 
     def _from_client(self, data: bytes, address: tuple[str, int]) -> None:
+        if self._learns and self._client is None:
+            self._client = address
         self._relay(self.up, data, address == self._client, self._far, self._server)
 
     def _from_server(self, data: bytes, address: tuple[str, int]) -> None:
