@@ -38,6 +38,20 @@ Z95 = 1.645
 ENCODE_SHARE = 0.4
 
 Vae = Literal["full", "light"]
+# Of encode and decode the parts that can lie on any rank (`engine.chain`), as shares: counted likewise, at 832x480; at
+# other sizes the two attentions alone differ.
+VAE_PARTS: dict[Vae, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "full": (
+        (0.0031, 0.1975, 0.2057, 0.1499, 0.1975, 0.0096, 0.075, 0.0987, 0.0048, 0.0123, 0.0123, 0.0207, 0.0123,
+         0.0005),
+        (0.0002, 0.0123, 0.0073, 0.0073, 0.0073, 0.0073, 0.0057, 0.0445, 0.0587, 0.0587, 0.0456, 0.1173, 0.1173,
+         0.1565, 0.1173, 0.1173, 0.1173, 0.0018),
+    ),
+    "light": (
+        (1.0,),
+        (0.0567, 0.0559, 0.0854, 0.0559, 0.0559, 0.1149, 0.1117, 0.1117, 0.3519),
+    ),
+}  # fmt: skip
 # Whether at the smaller size, and whether by the light VAE: what the ladder changes of a pass beside its steps.
 Setting = tuple[bool, bool]
 AS_WISHED: Setting = (False, False)
@@ -72,7 +86,8 @@ class ChunkCosts:
     encode_s, decode_s: of one latent frame. blocks: of the transformer. pass_s, row_s: of one block, for a forward and
     for each row in it, with a full window. fixed_s: once a pass. hop_s: between ranks. noise: spread of the times, the
     standard deviation of their logarithm; 0.03 is an assumption. others: the same device's at other settings, where it
-    can change to them while it serves.
+    can change to them while it serves. encode_parts, decode_parts: shares of what can lie on any rank; whole where
+    nothing is known of them.
     """
 
     encode_s: float
@@ -84,6 +99,8 @@ class ChunkCosts:
     hop_s: float = 0.0
     noise: float = 0.03
     others: Mapping[Setting, ChunkCosts] = field(default_factory=dict)
+    encode_parts: tuple[float, ...] = (1.0,)
+    decode_parts: tuple[float, ...] = (1.0,)
 
     def at(self, *, small: bool, light: bool) -> ChunkCosts:
         """At a smaller size or by a light VAE; as they are where there is none."""
@@ -193,7 +210,16 @@ DEVICES: dict[str, Device] = {
 }
 # livebrush-tiny at 256x256 on one core of the machine it was developed on: 85 ms a chunk alone, of which encode and
 # decode 20; a common pass of four chunks is 1.1 times as fast as four passes (docs/engine.md, bench_engine.py).
-CPU_COSTS = ChunkCosts(encode_s=0.008, decode_s=0.012, blocks=1, pass_s=0.0103, row_s=0.0547, noise=0.08)
+# Its decoder falls into three parts: 6.4, 4.1 and 12.3 ms of CPU, medians of 40 chunks.
+CPU_COSTS = ChunkCosts(
+    encode_s=0.008,
+    decode_s=0.012,
+    blocks=1,
+    pass_s=0.0103,
+    row_s=0.0547,
+    noise=0.08,
+    decode_parts=(0.281, 0.179, 0.54),
+)
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -243,7 +269,14 @@ def wan_costs(device: Device, model: str, width: int, height: int, *, vae: Vae =
         device.launch_s,
         row_s,
         hop_s=device.hop_s,
+        encode_parts=_whole(VAE_PARTS[vae][0]),
+        decode_parts=_whole(VAE_PARTS[vae][1]),
     )
+
+
+def _whole(shares: Sequence[float]) -> tuple[float, ...]:
+    """Rounded shares, so that they add up."""
+    return tuple(share / sum(shares) for share in shares)
 
 
 def cpu_costs(width: int, height: int) -> ChunkCosts:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import floor
 
 from engine.cost_model import Work
 from engine.devices import ChunkCosts
+from engine.partition import partition
 from engine.simulator_load import CHUNK_FRAMES, Workload
-
-ENCODER_UNITS, DECODER_UNITS = 4, 6
 
 
 @dataclass(frozen=True)
@@ -96,47 +96,53 @@ def split(
     Args:
         batched: all steps of a chunk share one forward.
         whole_vae: encode stays whole on the first rank and decode on the last, every rank has a block and loses
-            its hop: the public code. Otherwise they are cut into equal units, and hops are only latency.
+            its hop: the public code. Otherwise their parts are units as blocks are, and hops are only latency.
     """
-    encoder, decoder = (1, 1) if whole_vae else (ENCODER_UNITS, DECODER_UNITS)
-    blocks = costs[0].blocks
+    first = costs[0]
+    blocks, forwards = first.blocks, 1 if batched else steps
     if len(costs) == 1:
-        return (RankShare(costs[0], 1.0, blocks, 1.0),)
-    forwards = 1 if batched else steps
+        return (RankShare(first, 1.0, blocks, 1.0),)
+    block_s = [forwards * each.pass_s + steps * each.row_s for each in costs]
+    if whole_vae:
+        return _published_split(costs, block_s)
     times = [
-        (each.encode_s / encoder, forwards * each.pass_s + steps * each.row_s, each.decode_s / decoder)
-        for each in costs
+        [
+            *(share * each.encode_s for share in each.encode_parts),
+            *[seconds] * blocks,
+            *(share * each.decode_s for share in each.decode_parts),
+        ]
+        for each, seconds in zip(costs, block_s, strict=True)
     ]
-
-    def fill(limit_s: float) -> list[tuple[int, int, int]] | None:
-        left = [encoder, blocks, decoder]
-        taken = []
-        for rank, unit_s in enumerate(times):
-            after = len(times) - 1 - rank
-            room = limit_s - (costs[rank].hop_s if whole_vae else 0.0) + 1e-12
-            took = [0, 0, 0]
-            for kind in range(3):
-                if any(left[:kind]):
-                    break
-                kept = (0, after, left[2] if after else 0)[kind] if whole_vae else 0
-                took[kind] = min(left[kind] - kept, floor(room / unit_s[kind])) if room > 0 else 0
-                room -= took[kind] * unit_s[kind]
-                left[kind] -= took[kind]
-            if whole_vae and not took[1]:
-                return None
-            taken.append((took[0], took[1], took[2]))
-        return None if any(left) else taken
-
-    counts = (encoder, blocks, decoder)
-    low = sum(min(unit_s[i] for unit_s in times) * n for i, n in enumerate(counts)) / len(costs)
-    high = sum(max(unit_s[i] for unit_s in times) * n for i, n in enumerate(counts)) + max(c.hop_s for c in costs)
-    while high - low > 1e-5 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if fill(middle) else (middle, high)
-    return tuple(
+    begin, end = len(first.encode_parts), len(first.encode_parts) + blocks
+    shares = []
+    for each, (low, high) in zip(costs, pairwise(partition(times).bounds), strict=True):
+        encode = sum(first.encode_parts[low:high])
+        decode = sum(first.decode_parts[max(0, low - end) : max(0, high - end)])
+        held = max(0, min(high, end) - max(low, begin))
         # A ring changes neither size nor VAE.
-        RankShare(replace(each, others={}), e / encoder, b, d / decoder)
-        for each, (e, b, d) in zip(costs, fill(high) or [], strict=True)
+        shares.append(RankShare(replace(each, others={}), encode, held, decode))
+    return tuple(shares)
+
+
+def _published_split(costs: Sequence[ChunkCosts], block_s: Sequence[float]) -> tuple[RankShare, ...]:
+    """Encode on the first rank, decode on the last, blocks so that the slowest is fastest, hops included.
+
+    Raises: ValueError for more ranks than blocks.
+    """
+    if costs[0].blocks < len(costs):
+        raise ValueError(f"the public code needs a block for every rank: {costs[0].blocks} blocks, {len(costs)} ranks")
+    spent = [each.hop_s for each in costs]
+    spent[0] += costs[0].encode_s
+    spent[-1] += costs[-1].decode_s
+    held = [1] * len(costs)
+    for _ in range(costs[0].blocks - len(costs)):
+        # One more where that leaves the slowest fastest.
+        least = min(range(len(costs)), key=lambda rank: spent[rank] + (held[rank] + 1) * block_s[rank])
+        held[least] += 1
+    last = len(costs) - 1
+    return tuple(
+        RankShare(replace(each, others={}), float(rank == 0), held[rank], float(rank == last))
+        for rank, each in enumerate(costs)
     )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.chain import chain_of
+from engine.devices import VAE_PARTS, Vae
 from engine.wan.presets import LIVEBRUSH_TINY
 from engine.wan.taehv import TAEHV
 from engine.wan.transformer import CausalTransformer
@@ -103,6 +105,26 @@ def test_a_chain_knows_what_its_units_keep_and_hand_on(name: str) -> None:
 def test_a_wan_autoencoder_falls_into_its_stages() -> None:
     vae = WanVAE(WanVAEConfig(dim=4))
     assert (len(vae.encode_parts()), len(vae.decode_parts())) == (14, 18)
+
+
+@pytest.mark.parametrize("name", ["full", "light"])
+def test_the_plan_counts_what_each_part_does(name: Vae) -> None:
+    with torch.device("meta"), torch.inference_mode():
+        vae: StreamVAE = WanVAE(WanVAEConfig()) if name == "full" else TAEHV(TAEHVConfig())
+        ways = (
+            (vae.encode_parts(), torch.empty(1, 4, 3, 480, 832), VAE_PARTS[name][0]),
+            (vae.decode_parts(), torch.empty(1, 1, 16, 60, 104), VAE_PARTS[name][1]),
+        )
+        for parts, x, shares in ways:
+            first: Carried = (x[:, :1],)
+            carried: Carried = (x,)
+            counted = []
+            for part in parts:
+                first, memory = part.run(first, ())
+                with FlopCounterMode(display=False) as counter:
+                    carried, _ = part.run(carried, memory)
+                counted.append(counter.get_total_flops())
+            assert [count / sum(counted) for count in counted] == pytest.approx(list(shares), abs=1e-3)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
