@@ -89,6 +89,10 @@ class Peer:
         """Smoothed delay of the video pipeline; audio is held back that long. Settable."""
         self.connected_at: float | None = None
         """Monotonic seconds: ICE and DTLS were up; None until then."""
+        self.has_sound = settings.audio and offer.sends("audio")
+        """Whether this peer may send sound; it may begin at any time."""
+        self.on_sound: Callable[[av.AudioFrame, float], None] | None = None
+        """Told of decoded sound, with the instant at which it came. Settable."""
         self._counters: Counter[str] = Counter(candidates_refused=offer.candidates_refused)
         self._offer = offer
         self._settings = settings
@@ -289,6 +293,8 @@ class Peer:
     def _take_sound(self, sound: Picture, arrived_at: float) -> None:
         assert isinstance(sound, av.AudioFrame)
         self._sound.push(sound, arrived_at)
+        if self.on_sound is not None:
+            self.on_sound(sound, arrived_at)
 
     def _end_input(self) -> None:
         self._input_ended = True

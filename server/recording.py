@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 MAX_PICTURES = 24
 MAX_CHUNKS = 16
 MAX_LINES = 256
+# Packets of sound that wait: as long as the pictures.
+MAX_SOUND = 150
 START_TIMEOUT_S = 30.0
 # For what waits to be written, and for the encoders to finish.
 STOP_TIMEOUT_S = 10.0
@@ -78,7 +80,10 @@ class Recording:
     before the recording did, "" while it did not.
     """
 
-    def __init__(self, book: Recordings, what: Sequence[str], tell: Callable[[Recording, str], None]) -> None:
+    def __init__(
+        self, book: Recordings, what: Sequence[str], tell: Callable[[Recording, str], None], *, has_sound: bool = False
+    ) -> None:
+        """has_sound: whether films have a track for sound, which cannot be added later."""
         self.name = ""
         self.what = tuple(dict.fromkeys(what))
         self.ready = False
@@ -91,7 +96,9 @@ class Recording:
         self._book = book
         self._tell = tell
         self._began_at: float | None = None
+        self._has_sound = has_sound
         self._pictures: deque[tuple[str, Frames, float]] = deque()
+        self._sound: deque[tuple[str, bytes, float]] = deque()
         self._tape: deque[tuple[Line, Frames | None]] = deque()
         self._taped = False
         self._frames_taped = 0
@@ -109,6 +116,20 @@ class Recording:
             self._pictures.popleft()
             self.counters["pictures_dropped"] += 1
         self._pictures.append((what, rgb, at))
+        self._changed.set()
+
+    def wants_sound_of(self, what: str) -> bool:
+        """Whether sound of this film is taken now."""
+        return self._has_sound and self.ready and self._stopping is None and what in self.what
+
+    def sound(self, what: str, samples: bytes, at: float) -> None:
+        """Take sound (16 bit, stereo, 48 kHz) at its monotonic time; the oldest that waits makes way."""
+        if not self.wants_sound_of(what):
+            return
+        if len(self._sound) >= MAX_SOUND:
+            self._sound.popleft()
+            self.counters["sound_dropped"] += 1
+        self._sound.append((what, samples, at))
         self._changed.set()
 
     @property
@@ -223,6 +244,8 @@ class Recording:
             while True:
                 if self._tape:
                     await self._send_line(stdin, *self._tape.popleft())
+                elif self._sound:
+                    await self._send_sound(stdin, *self._sound.popleft())
                 elif self._pictures:
                     await self._send_picture(stdin, *self._pictures.popleft())
                 elif self._stopping is not None:
@@ -239,11 +262,19 @@ class Recording:
             self._frames_taped += len(frames)
         await _send(stdin, header, frames)
 
+    async def _send_sound(self, stdin: asyncio.StreamWriter, what: str, samples: bytes, at: float) -> None:
+        # A film begins with its first picture.
+        if self._began_at is not None and at >= self._began_at:
+            header = {"sound": what, "ticks": round((at - self._began_at) * TICKS_PER_S), "bytes": len(samples)}
+            stdin.write(json.dumps(header).encode() + b"\n")
+            stdin.write(samples)
+            await stdin.drain()
+
     async def _send_picture(self, stdin: asyncio.StreamWriter, what: str, rgb: Frames, at: float) -> None:
         if self._began_at is None:
             self._began_at = at
         ticks = max(0, round((at - self._began_at) * TICKS_PER_S))
-        await _send(stdin, {"file": what, "ticks": ticks}, rgb[None])
+        await _send(stdin, {"file": what, "ticks": ticks, "has_sound": self._has_sound}, rgb[None])
         self.counters["pictures_written"] += 1
 
     def _finish(self, end: End, message: str, error: RecordingError | None = None) -> None:
@@ -293,7 +324,9 @@ class Recordings(Collector):
         """Whether the operator lets sessions be recorded."""
         return self.settings.dir is not None
 
-    def start(self, what: Sequence[str], tell: Callable[[Recording, str], None]) -> Recording:
+    def start(
+        self, what: Sequence[str], tell: Callable[[Recording, str], None], *, has_sound: bool = False
+    ) -> Recording:
         """Begin a recording. tell: called with a sentence for people when it begins and when it ends.
 
         Raises: RecordingError where the server does not record.
@@ -302,7 +335,7 @@ class Recordings(Collector):
             raise RecordingError(
                 "this server does not record; start it with --recordings DIR", status=422, code="recordings_off"
             )
-        recording = Recording(self, what, tell)
+        recording = Recording(self, what, tell, has_sound=has_sound)
         self._running.add(recording)
         self.counters["started"] += 1
         return recording

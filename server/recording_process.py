@@ -5,8 +5,9 @@ its input, so it cannot outlive the server and loses nothing when the server die
 engine and the codecs come first. What it says on standard output is a JSON line each: that it is ready, how many bytes
 it has written, and why it ended.
 
-Pictures for people are H.264 in fragmented MP4, a fragment a second; those for a replay are FFV1 in Matroska, which
-gives every bit back. Both can be read as far as they go when this process is killed.
+Pictures for people are H.264 in fragmented MP4, a fragment a second, with AAC sound where the session carries some;
+those for a replay are FFV1 in Matroska, which gives every bit back. Both can be read as far as they go when this
+process is killed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ from server.clip import BT601, EXACT, LIMITED_RANGE
 
 # Of the time stamps: MPEG's own.
 TICKS_PER_S = 90_000
+# Of sound, as the codec of every peer has it: 16 bit, stereo.
+SAMPLES_PER_S = 48_000
+SOUND_BYTES = 4
+# Sound that comes so much too late for its place is left out, and a hole longer than this is filled with silence.
+LATE_S, HOLE_S = 0.25, 0.12
+# So long before a picture its sound has come.
+SOUND_AHEAD_S = 0.3
 NICE = 15
 REPORT_S = 0.5
 LINES_FILE, FRAMES_FILE = "session.jsonl", "frames.mkv"
@@ -117,10 +125,50 @@ EXACT_FORM = Form(
 )
 
 
-class VideoFile:
-    """One file of pictures of one size."""
+class SoundTrack:
+    """The sound of a film, without a hole: players stop at one, so where no sound came there is silence."""
 
-    def __init__(self, file: DiskFile, form: Form, width: int, height: int) -> None:
+    def __init__(self, container: OutputContainer) -> None:
+        self._container = container
+        self._at = 0
+        stream = container.add_stream("aac", rate=SAMPLES_PER_S)
+        assert isinstance(stream, av.AudioStream)
+        self._stream = stream
+        stream.codec_context.layout = "stereo"
+        stream.codec_context.bit_rate = 96_000
+
+    def write(self, samples: NDArray[np.int16], ticks: int) -> None:
+        """Add [N, 2] samples at their time, or behind the last ones where that is nearly the same. Raises OSError."""
+        ahead_s = ticks / TICKS_PER_S - self._at / SAMPLES_PER_S
+        if ahead_s < -LATE_S:
+            return
+        if ahead_s > HOLE_S:
+            self.fill(ticks)
+        self._add(samples)
+
+    def fill(self, ticks: int) -> None:
+        """Silence up to this time. Raises OSError."""
+        missing = ticks * SAMPLES_PER_S // TICKS_PER_S - self._at
+        while missing > 0:
+            count = min(missing, SAMPLES_PER_S)
+            self._add(np.zeros((count, 2), np.int16))
+            missing -= count
+
+    def close(self) -> None:
+        """Write what the encoder holds. Raises OSError."""
+        self._container.mux(self._stream.encode(None))
+
+    def _add(self, samples: NDArray[np.int16]) -> None:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples).reshape(1, -1), format="s16", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = SAMPLES_PER_S, self._at, Fraction(1, SAMPLES_PER_S)
+        self._at += len(samples)
+        self._container.mux(self._stream.encode(frame))
+
+
+class VideoFile:
+    """One file of pictures of one size, and of sound if there is some."""
+
+    def __init__(self, file: DiskFile, form: Form, width: int, height: int, *, has_sound: bool = False) -> None:
         """Write the file's head. Raises OSError or FFmpegError where there is no room for it."""
         self._file = file
         self._form = form
@@ -139,6 +187,7 @@ class VideoFile:
         if not form.lossless:
             encoder.colorspace = encoder.color_primaries = encoder.color_trc = BT601
             encoder.color_range = LIMITED_RANGE
+        self.sound = SoundTrack(self._container) if has_sound else None
         # Now, and not with the first packet: closing a container without its head ends the process (PyAV 18.1).
         self._container.start_encoding()
 
@@ -157,12 +206,18 @@ class VideoFile:
             # A fragment begins with each, and is on the disk when the next one begins.
             picture.pict_type = av.video.frame.PictureType.I
             self._key_at = self._ticks + TICKS_PER_S
+            if self.sound is not None:
+                self.sound.fill(self._ticks - round(SOUND_AHEAD_S * TICKS_PER_S))
         self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
         """Write what the encoder holds, and the end. On a full disk the file ends with what is there."""
         with contextlib.suppress(OSError, av.FFmpegError):
             self._container.mux(self._stream.encode(None))
+        with contextlib.suppress(OSError, av.FFmpegError):
+            if self.sound is not None:
+                self.sound.fill(self._ticks)
+                self.sound.close()
         with contextlib.suppress(OSError, av.FFmpegError):
             self._container.close()
         self._file.close()
@@ -180,14 +235,21 @@ class Recorder:
     def take(self, header: dict[str, Any], data: bytes) -> None:
         """Write one message: its line, its pictures, or both. Raises OSError.
 
-        header: line, a line for session.jsonl; file, one of FILES, with shape [T, H, W] and ticks of the first picture.
+        header: line, a line for session.jsonl; file, one of FILES, with shape [T, H, W] and ticks of the first picture,
+            and whether the film is to have sound; sound, the film that the bytes are sound of, with their ticks.
         """
+        if "sound" in header:
+            if (film := self._videos.get(header["sound"])) is not None and film.sound is not None:
+                film.sound.write(np.frombuffer(data, np.int16).reshape(-1, 2), header["ticks"])
+            return
         if "file" in header:
             count, height, width = header["shape"]
             name = header["file"]
             if name not in self._videos:
                 form = EXACT_FORM if name == "frames" else WATCHED
-                self._videos[name] = VideoFile(DiskFile(self._folder / FILES[name], self.disk), form, width, height)
+                file = DiskFile(self._folder / FILES[name], self.disk)
+                has_sound = header.get("has_sound", False)
+                self._videos[name] = VideoFile(file, form, width, height, has_sound=has_sound)
             for place, rgb in enumerate(np.frombuffer(data, np.uint8).reshape(count, height, width, 3)):
                 self._videos[name].write(rgb, header["ticks"] + place)
         if "line" in header:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+import av
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.api import StreamParams
@@ -27,7 +28,7 @@ from server.frames import CameraFrame, FrameMark, OutgoingFrame
 from server.node_name import new_resume_token
 
 RESUME_S = 30.0
-# After its last packet; others wait for the seat. The page itself comes back after 5 s without a word of the server.
+# After its last packet; others wait for the seat. The page itself comes back after 3 s without a word of the server.
 SEAT_S = 18.0
 MAX_KEPT = 256
 # Of a session whose new connection is not up yet; each is an answer that may have been lost.
@@ -43,6 +44,8 @@ class Link(Protocol):
     answer_sdp: str
     video_delay_s: float
     connected_at: float | None
+    has_sound: bool
+    on_sound: Callable[[av.AudioFrame, float], None] | None
 
     @property
     def counters(self) -> dict[str, int]: ...  # noqa: D102

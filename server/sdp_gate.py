@@ -45,6 +45,14 @@ class Offer:
     """The section whose transport carries all of them."""
     candidates_refused: int
 
+    def sends(self, kind: str) -> bool:
+        """Whether the peer may send in a section of this kind."""
+        sections = self.sdp.split("\nm=")[1:]
+        return any(
+            section.startswith(kind) and not re.search(r"^a=(recvonly|inactive)\s*$", section, re.MULTILINE)
+            for section in sections
+        )
+
 
 def check_offer(sdp: str, *, watches: bool = False) -> Offer:
     """Check the text of an offer against the limits of this server.

@@ -190,6 +190,7 @@ class Session:
             self.media.tell_progress()
             self.controls.tell_again()
         self.controls.tell_rung()
+        self.recorder.join(peer)
         self.recorder.tell_again()
 
     async def _sum_up(self, peer: Link, reason: str) -> None:

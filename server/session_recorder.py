@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import av
+
 from engine.api import EngineStream, Frames, StreamParams
 from server.control import Recorded
 from server.errors import Conflict, NotFound
 from server.recording import End, Recording, RecordingError, Recordings
+from server.resume import Link
 from server.session_page import Page
 from server.session_record import header_of, why_not_exact
 from server.settings import ServerSettings
@@ -18,6 +21,7 @@ class Recorder:
 
     def __init__(self, page: Page, settings: ServerSettings, recordings: Recordings | None) -> None:
         self.current: Recording | None = None
+        self._link: Link | None = None
         self._page = page
         self._settings = settings
         self._recordings = recordings
@@ -34,7 +38,8 @@ class Recorder:
             raise RecordingError(f"no record for a replay: {reason}", status=422, code="not_replayable")
         if self._recordings is None:
             raise RecordingError("this server does not record", status=422, code="recordings_off")
-        self.current = self._recordings.start(what, self._tell)
+        has_sound = self._link is not None and self._link.has_sound
+        self.current = self._recordings.start(what, self._tell, has_sound=has_sound)
         return self.current
 
     def stop(self) -> Recording:
@@ -54,12 +59,27 @@ class Recorder:
         if self.current is not None and self.current.ready:
             self._tell(self.current, "Recording goes on.")
 
+    def join(self, link: Link) -> None:
+        """Another connection, whose sound belongs to the films that run."""
+        if self._link is not None:
+            self._link.on_sound = None
+        self._link = link
+        link.on_sound = self._sound
+
     # --- from the session's media
 
     def picture(self, what: str, rgb: Frames, at: float) -> None:
         """Take an [H, W, 3] picture at its monotonic time: "input" or "output"."""
         if self.current is not None:
             self.current.picture(what, rgb, at)
+
+    def _sound(self, sound: av.AudioFrame, arrived_at: float) -> None:
+        """Take decoded sound: to the camera as it came, to what is shown as late as that is."""
+        if self.current is None or self._link is None:
+            return
+        for what, at in (("input", arrived_at), ("output", arrived_at + self._link.video_delay_s)):
+            if self.current.wants_sound_of(what):
+                self.current.sound(what, sound.to_ndarray().tobytes(), at)
 
     @property
     def awaits_stream(self) -> bool:

@@ -20,7 +20,7 @@ import logging
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -155,6 +155,8 @@ class SocketPeer:
         self.answer_sdp = ""
         self.video_delay_s = 0.0
         self.connected_at: float | None = time.monotonic()
+        self.has_sound = False
+        self.on_sound: Callable[[av.AudioFrame, float], None] | None = None
         self.ended = asyncio.Event()
         """Set once nothing more goes through the socket."""
         self.last_packet_at = time.monotonic()
