@@ -32,7 +32,6 @@ from server.errors import (
     PreconditionFailed,
     ServerError,
     ShuttingDown,
-    TooLarge,
     Unsupported,
 )
 from server.matte import MatteProcess, asked_form
@@ -40,21 +39,18 @@ from server.node_name import new_session_id
 from server.peer import NEGOTIATION_TIMEOUT_S, Peer, answer_offer
 from server.registry import RETRY_AFTER_S, SessionRegistry
 from server.resume import Link
-from server.sdp_gate import MAX_BYTES, check_offer
+from server.sdp_gate import check_offer
 from server.session import Session
 from server.session_context import SessionContext
 from server.turn import ice_servers
 from server.viewers import Feed
+from server.whip_sdp import check_codecs, parse_fragment, ufrag_of
 
 log = logging.getLogger(__name__)
 
 SDP = "application/sdp"
 FRAGMENT = "application/trickle-ice-sdpfrag"
 STREAM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-CODEC = re.compile(r"^a=rtpmap:\d+ ([A-Za-z0-9.+-]+)/90000\s*$", re.MULTILINE)
-PLAYABLE = {"VP8", "H264"}
-# Not pictures by themselves.
-AUXILIARY = {"RTX", "RED", "ULPFEC", "FLEXFEC-03"}
 # A publisher from whom nothing came for so long makes way for another: OBS comes back before its old peer times out.
 SILENT_S = 3.0
 # Viewers stay so long for a publisher that comes back.
@@ -94,14 +90,6 @@ class Stream:
     arriving: bool = False
     gone_at: float | None = None
     viewers: dict[str, Viewer] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """A trickle-ice-sdpfrag body (RFC 8840). ufrag: empty where it names none."""
-
-    ufrag: str
-    candidates: list[dict[str, object]]
 
 
 class Whip(Collector):
@@ -242,7 +230,7 @@ class Whip(Collector):
             )
         finally:
             stream.arriving = False
-        stream.ufrag, stream.gone_at = _ufrag(offer_sdp), None
+        stream.ufrag, stream.gone_at = ufrag_of(offer_sdp), None
         return self._created(f"/whip/{name}/{session.id}", session.id, session.answered.result())
 
     async def _make_way(self, stream: Stream) -> None:
@@ -295,7 +283,7 @@ class Whip(Collector):
         answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         viewer = Viewer(
             new_session_id(self._context.node),
-            _ufrag(offer_sdp),
+            ufrag_of(offer_sdp),
             Feed(stream.broadcast, self._context.settings.media, form),
             answered,
         )
@@ -434,49 +422,6 @@ class Whip(Collector):
         await self._end(list(stream.viewers.values()))
         stream.broadcast.close()
         self._counted += stream.broadcast.counters
-
-
-def parse_fragment(text: str) -> Fragment:
-    """The candidates of a PATCH, each with its section's mid. Raises BadRequest or TooLarge."""
-    if len(text) > MAX_BYTES:
-        raise TooLarge(f"the fragment has {len(text)} characters, over the {MAX_BYTES} that are read")
-    ufrag, mid, ends = "", None, False
-    candidates: list[dict[str, object]] = []
-    for line in filter(None, (line.strip() for line in text.splitlines())):
-        if len(line) < 2 or line[1] != "=":
-            raise BadRequest("the fragment has a line that is not of the form letter=value")
-        name, _, value = line.partition(":")
-        match name:
-            case "a=ice-ufrag":
-                ufrag = value
-            case "a=mid":
-                mid = value
-            case "a=candidate" if value:
-                section = {} if mid is None else {"sdpMid": mid}
-                candidates.append({"candidate": f"candidate:{value}", **section})
-            case "a=end-of-candidates":
-                ends = True
-    if not (ufrag or candidates or ends):
-        raise BadRequest("the fragment has neither ICE credentials nor candidates")
-    return Fragment(ufrag, candidates)
-
-
-def check_codecs(offer_sdp: str) -> None:
-    """Raises Unsupported, in words that help, for an offer without a codec that is decoded here."""
-    names = list(dict.fromkeys(match[1].upper() for match in CODEC.finditer(offer_sdp)))
-    pictures = [name for name in names if name not in AUXILIARY]
-    if not PLAYABLE & set(pictures):
-        offered = ", ".join(pictures[:6]) or "no video codec"
-        raise Unsupported(
-            f"the offer has {offered}; this server takes H.264 and VP8. In OBS choose an H.264 encoder (x264, NVENC"
-            " H.264, ...) under Settings, Output, Streaming, Video Encoder",
-            code="no_common_codec",
-        )
-
-
-def _ufrag(offer_sdp: str) -> str:
-    found = re.search(r"^a=ice-ufrag:(\S+)", offer_sdp, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def _etag(session_id: str) -> str:

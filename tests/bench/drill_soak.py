@@ -1,7 +1,7 @@
 """A soak, compressed: what leaks is tied to events, not to hours, so clients come and go some forty times a minute.
 
 A steady page and a steady stream with a viewer stay all the time; the page is steered three times a second, with a bad
-message in twenty, and recorded on and off. Beside them pages, publishers and viewers come for 4 s on average and end in
+message in twenty at first, and recorded on and off. Beside them pages, publishers and viewers come for 4 s on average and end in
 every way: with a goodbye, by closing, by vanishing, by an offer that never connects, by one that is broken. Each second
 the server's process tree is sampled: memory, threads, file descriptors, tasks of the event loop. Told are the slopes
 over the last two thirds of the time, as the median of all slopes between two samples, and what is left when all have
@@ -58,6 +58,8 @@ KINDS = ("page", "page", "publisher", "viewer")
 ENDS = ("goodbye",) * 12 + ("close",) * 4 + ("vanish",) * 3 + ("never",)
 STEER_S = 1 / 3
 BAD_MESSAGE = 0.05
+# Over 50 end a session.
+MAX_BAD = 40
 RECORD_S = 5.0
 WARM_UP_S = 20.0
 SETTLE_S = 8.0
@@ -263,7 +265,8 @@ class Crowd:
         for number in range(10**9):
             await asyncio.sleep(STEER_S)
             message = {"v": 1, "type": "params", "id": number, "prompt": f"style {number % 50}"}
-            text = json.dumps(message) if number % round(1 / BAD_MESSAGE) else '{"v": 1, "type": "fly", "id": []'
+            bad = number % round(1 / BAD_MESSAGE) == 0 and number < MAX_BAD / BAD_MESSAGE
+            text = '{"v": 1, "type": "fly", "id": []' if bad else json.dumps(message)
             if page._control.readyState == "open":
                 page._control.send(text)
             if page.ended_at is not None:

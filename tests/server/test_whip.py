@@ -30,7 +30,7 @@ from server.errors import ServerError
 from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.viewers import MAX_PICTURES
-from server.whip import check_codecs, parse_fragment
+from server.whip_sdp import check_codecs, parse_fragment
 
 PATIENCE_S = 30.0
 SDP = {"Content-Type": "application/sdp"}
