@@ -112,8 +112,9 @@ the teacher nearest to the output by PSNR, of all styles, is the one asked for. 
 with the camera's clean picture. Landmarks kept: share of the clean picture's corners, in the face where one is found,
 whose surroundings lie at the same place in the output. Warp error: mean absolute difference of a frame to its
 predecessor moved along the clean picture's optical flow, 0 to 255. Flicker: spread over time of a still scene under
-noise of sigma 3, out over in. Seam: energy of frame differences at chunk borders over that inside. Switch: frames after
-a hard change of prompt until the new style is nearest for good. Averages leave the plain photo out.
+noise of sigma 3, out over in. Seam: energy of frame differences at chunk borders over that inside; the camera's own
+motion may happen to lie so too. Switch: frames after a hard change of prompt until the new style is nearest for good.
+Averages leave the plain photo out.
 """
 
 
@@ -178,7 +179,7 @@ def verdicts(figures: Figures) -> list[Verdict]:
     styled = {style: own for style, own in every.items() if style != PHOTO}
     filters = {style: own for style, own in styled.items() if style not in PAINTED}
     painted = {style: own for style, own in styled.items() if style in PAINTED}
-    warp = {style: {"ratio": own["warp_error"] / teacher[style]["warp_error"]} for style, own in every.items()}
+    warp = _over(every, teacher, "warp_error")
     found = [
         _mean("requested style is the nearest, known phrases", every, "nearest_known", ">=", 0.95),
         _mean("requested style is the nearest, unseen phrases", every, "nearest_unseen", ">=", 0.85),
@@ -189,6 +190,7 @@ def verdicts(figures: Figures) -> list[Verdict]:
         _middle("warp error over the teacher's, median", warp, "ratio", "<=", 1.1),
         _worst("flicker of a still camera, out over in, worst", every, "flicker_ratio", "<=", 1.0),
         _worst("seam ratio, worst", every, "seam", "<=", 1.1),
+        _worst("the same over the teacher's, worst", _over(every, teacher, "seam"), "ratio", "<=", 1.1),
         _worst("frames until a hard switch is complete, worst", every, "switch_frames", "<=", 3.0),
     ]
     if figures.get("offers_seed", True):
@@ -213,6 +215,10 @@ def verdicts(figures: Figures) -> list[Verdict]:
         text = f"{prompts['right']} of {prompts['asked']} whose style it knows"
         found.append(Verdict("27 of 30 unseen prompts land where expected", text, share >= 0.9))
     return found + [_drift_verdict(style, drift) for style, drift in figures.get("drift", {}).items()]
+
+
+def _over(styles: Styles, teacher: Styles, key: str) -> dict[str, dict[str, float]]:
+    return {style: {"ratio": own[key] / teacher[style][key]} for style, own in styles.items()}
 
 
 def _mean(goal: str, styles: Styles, key: str, sign: str, bound: float) -> Verdict:
