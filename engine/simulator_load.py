@@ -25,6 +25,7 @@ class Workload:
     second and lie as they fall. jitter_s: the most by which a frame arrives late. saturated: a chunk of every session
     always waits, and nothing is ever late: how much can be rendered at all. first_frames: of a stream's first chunk.
     warm_up_s: frames captured before are shown but not judged. starts_s: when each camera begins, where that is known.
+    way_s: what a chunk takes from the camera to the engine and back beside it.
     """
 
     sessions: int = 1
@@ -38,6 +39,7 @@ class Workload:
     seed: int = 0
     warm_up_s: float = WARM_UP_S
     starts_s: tuple[float, ...] = ()
+    way_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of bounds."""
@@ -93,7 +95,8 @@ class Camera:
         chunk = Chunk(self._session, self._index, captured, ceil(count / CHUNK_FRAMES))
         self._frames += len(self._last)
         self._last, self._next_at, self._index = captured, captured[-1] + 1 / self.fps, self._index + 1
-        return max(at + self._noise.uniform(0, workload.jitter_s) for at in captured), chunk
+        full_at = max(at + self._noise.uniform(0, workload.jitter_s) for at in captured)
+        return full_at + workload.way_s, chunk
 
     def captured_by(self, now: float) -> int:
         """Frames captured until now."""

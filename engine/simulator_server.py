@@ -54,8 +54,9 @@ class Server(Protocol):
         """Where all sessions stand now."""
         ...
 
-    def decide(self, now: float, sessions: int, due: int, missed: int) -> None:
-        """Move, if it is time. due, missed: frames of so many open sessions since the call before."""
+    def decide(self, now: float, sessions: int, due: int, missed: int, lost: int) -> None:
+        """Move, if it is time. due, missed: frames of so many open sessions since the call before; lost: those of the
+        missed that were never shown."""
         ...
 
     def playout(self, fps: float) -> Playout:
@@ -77,8 +78,8 @@ class Served:
         self._look_at = [inf] * len(cameras)
         self._open: list[int] = []
         self._started = [0.0] * len(cameras)
-        self._missed = [0] * len(cameras)
-        self._told = [(0, 0)] * len(cameras)
+        self._missed, self._lost = [0] * len(cameras), [0] * len(cameras)
+        self._told = [(0, 0, 0)] * len(cameras)
         # Chunks in the engine; those that were given up for the camera meanwhile are no longer in it.
         self._inside: set[tuple[int, int]] = set()
         self._stand()
@@ -102,7 +103,7 @@ class Served:
         """The engine gave a chunk up."""
         if (chunk.session, chunk.index) in self._inside:
             self._inside.remove((chunk.session, chunk.index))
-            self._missed[chunk.session] += len(chunk.captured)
+            self._lose(chunk.session, len(chunk.captured))
 
     def on_done(self, chunk: Chunk, now: float) -> None:
         """The engine rendered a chunk: its pictures wait until they are due."""
@@ -115,7 +116,7 @@ class Served:
     def _play(self, session: int, now: float) -> None:
         playout = self._playouts[session]
         while (due := playout.due_at()) is not None and due <= now:
-            playout.shed(now)
+            self._lose(session, len(playout.shed(now)))
             captured_at = playout.pop(now)
             self._book.shown(session, captured_at, now)
             self._missed[session] += now - captured_at > self._workload.budget_s
@@ -128,20 +129,25 @@ class Served:
         if now == self._look_at[session]:
             self._play(session, now)
 
+    def _lose(self, session: int, frames: int) -> None:
+        self._missed[session] += frames
+        self._lost[session] += frames
+
     def _tick(self, now: float) -> None:
         self._sample(now)
         if now < self._workload.seconds:
             self._clock.at(now + SAMPLE_PERIOD_S, self._tick)
 
     def _sample(self, now: float) -> None:
-        due = missed = 0
+        due = missed = lost = 0
         for session in self._open:
-            total = self._cameras[session].captured_by(now), self._missed[session]
+            total = self._cameras[session].captured_by(now), self._missed[session], self._lost[session]
             told, self._told[session] = self._told[session], total
             if self._book.has_shown(session) or now - self._started[session] > STARTING_S:
                 due += total[0] - told[0]
                 missed += total[1] - told[1]
-        self._server.decide(now, len(self._open), due, missed)
+                lost += total[2] - told[2]
+        self._server.decide(now, len(self._open), due, missed, lost)
         if self._server.rung != self._rung:
             self._stand()
 

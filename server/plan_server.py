@@ -68,9 +68,9 @@ class PlannedServer:
         """Where all sessions stand."""
         return self._ladder.rung
 
-    def decide(self, now: float, sessions: int, due: int, missed: int) -> None:
+    def decide(self, now: float, sessions: int, due: int, missed: int, lost: int) -> None:
         """See `engine.simulator_server.Server.decide`."""
-        signals = Signals(self._capacity, (self._steps,) * sessions, due, missed)
+        signals = Signals(self._capacity, (self._steps,) * sessions, due, missed, lost)
         if (move := self._ladder.decide(now, signals)) is not None:
             self.moves.append(MovedAt(now, move))
 

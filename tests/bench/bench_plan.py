@@ -7,9 +7,10 @@ The embedded model in its rank process, frames handed over by the engine's own c
 given nothing of the run but the seconds that the rank took for its chunks: their mean and their spread.
 
 With --server there is a whole server around it, and `livebrush load` before that: ladder, pacer and WebRTC. The
-simulation is given the costs that the engine told meanwhile, on average, at each size and number of steps. With
---delay-ms the engine is the stand-in (`engine.fake`), which waits so long for a chunk and leaves the cores to others;
-it has a light VAE too.
+simulation is given the costs that the engine told meanwhile, on average, at each size and number of steps, when each
+session's chunks began, and what they took on their way through the server beside the engine, on average. With
+--delay-ms the engine is the stand-in (`engine.fake`) at 128x128, which waits so long for a chunk and leaves the cores
+to others; it has a light VAE too.
 """
 
 import argparse
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import aiohttp
 import numpy as np
 
-from engine.api import ChunkCostAt, Engine, EngineStream, FrameChunk, StreamParams
+from engine.api import ChunkCostAt, Engine, EngineStream, FrameChunk, RenderedChunk, StreamParams
 from engine.client import LocalEngine
 from engine.config import EngineSettings
 from engine.devices import ChunkCosts, measured_costs
@@ -52,7 +53,7 @@ DRAIN_S = 3.0
 LOAD_SCRIPT = Path(sys.executable).with_name("livebrush")
 SAMPLE_S = 0.5
 LOAD_TIMEOUT_S = 60.0
-FAKE_LIGHT_SHARE = 0.2
+FAKE_LIGHT_SHARE, FAKE_SIZE = 0.2, (128, 128)
 
 
 @dataclass
@@ -204,11 +205,14 @@ async def _load(url: str, workload: Workload, engine: Engine) -> tuple[dict[str,
 
 
 class _Phases:
-    """Stands before an engine and notes when the chunks of each stream begin: the simulation is told that."""
+    """Stands before an engine and notes what the simulation is told: when the chunks of each stream begin, and what
+    they take from their last frame's arrival to the engine, and from there to the server."""
 
     def __init__(self, engine: Engine) -> None:
         self._open = engine.open_stream
         self.begun_at: list[float] = []
+        self._in_s: list[float] = []
+        self._out_s: list[float] = []
         engine.open_stream = self.open_stream  # type: ignore[method-assign]
 
     @contextlib.asynccontextmanager
@@ -219,14 +223,34 @@ class _Phases:
             def noted(chunk: FrameChunk) -> None:
                 if chunk.index == 0:
                     self.begun_at.append(chunk.captured_at[0])
+                self._in_s.append(time.monotonic() - chunk.captured_at[-1])
                 submit(chunk)
 
             stream.submit = noted  # type: ignore[method-assign]
-            yield stream
+            yield _Heard(stream, self._out_s)
 
     def starts_s(self) -> tuple[float, ...]:
         """From the first on."""
         return tuple(sorted(at - min(self.begun_at) for at in self.begun_at))
+
+    def way_s(self) -> float:
+        """There and back, on average."""
+        return statistics.fmean(self._in_s) + statistics.fmean(self._out_s)
+
+
+class _Heard:
+    """A stream of which is noted how long after the engine was done a chunk comes out of it."""
+
+    def __init__(self, stream: EngineStream, out_s: list[float]) -> None:
+        self._stream, self._out_s = stream, out_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def __aiter__(self) -> AsyncIterator[RenderedChunk]:
+        async for chunk in self._stream:
+            self._out_s.append(time.monotonic() - chunk.engine_finished_at)
+            yield chunk
 
 
 def _name(rung: dict[str, Any]) -> str:
@@ -241,7 +265,7 @@ def _served_row(real: dict[str, Any], told: Told, phases: _Phases, workload: Wor
     server = PlannedServer([group], 1, workload)
     starts_s = phases.starts_s()
     in_place = replace(workload, sessions=len(starts_s), starts_s=starts_s, warm_up_s=SETTLED_S + starts_s[-1])
-    in_place = replace(in_place, seconds=in_place.warm_up_s + workload.seconds)
+    in_place = replace(in_place, jitter_s=0.0, way_s=phases.way_s(), seconds=in_place.warm_up_s + workload.seconds)
     run = simulate([group], 1, in_place, server=server)
     simulated = [session for session in run.sessions if session.latency_s]
 
@@ -253,6 +277,7 @@ def _served_row(real: dict[str, Any], told: Told, phases: _Phases, workload: Wor
         "refused_real": real["refused"],
         "refused_simulated": max(0, workload.sessions - server.seats),
         "chunk_ms": [round(cost["mean_s"] * 1e3) for cost in told.mean_costs() if cost["steps"] == 1],
+        "way_ms": round(phases.way_s() * 1e3),
         "rung_real": told.rungs.most_common(1)[0][0],
         "rung_simulated": _name(asdict(server.rung)),
         "fps_real": round(mean("fps"), 2),
@@ -273,7 +298,8 @@ async def _compare_served(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for sessions in options.sessions:
         workload = Workload(sessions, options.fps, options.budget, options.seconds, first_frames=1)
-        engine_settings = EngineSettings(costs_dir="off")
+        width, height = FAKE_SIZE if options.delay_ms else (256, 256)
+        engine_settings = EngineSettings(width=width, height=height, costs_dir="off")
         settings = ServerSettings(
             port=0,
             max_fps=options.fps,
@@ -283,7 +309,7 @@ async def _compare_served(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         engine: LocalEngine | FakeEngine = LocalEngine(engine_settings)
         if options.delay_ms:
-            engine = FakeEngine(delay_s=options.delay_ms / 1e3, light_share=FAKE_LIGHT_SHARE)
+            engine = FakeEngine(*FAKE_SIZE, delay_s=options.delay_ms / 1e3, light_share=FAKE_LIGHT_SHARE)
         async with running_server(settings, engine) as (_, port):
             await engine.wait_ready()
             phases = _Phases(engine)

@@ -238,11 +238,11 @@ class ScriptedServer:
     def __init__(self, script: dict[float, Stand]) -> None:
         self.script = script
         self.rung = Stand()
-        self.asked: list[tuple[float, int, int, int]] = []
+        self.asked: list[tuple[float, int, int, int, int]] = []
         self.playouts: list[AtOnce] = []
 
-    def decide(self, now: float, sessions: int, due: int, missed: int) -> None:
-        self.asked.append((now, sessions, due, missed))
+    def decide(self, now: float, sessions: int, due: int, missed: int, lost: int) -> None:
+        self.asked.append((now, sessions, due, missed, lost))
         self.rung = next((stand for at, stand in reversed(self.script.items()) if now >= at), self.rung)
 
     def playout(self, fps: float) -> AtOnce:
@@ -311,13 +311,21 @@ def test_chunks_that_are_full_together_wait_for_each_other() -> None:
     assert ages[1] == pytest.approx(ages[0] + 0.12, abs=0.01) and all(run.dmr == 0 for run in runs)
 
 
+def test_the_way_beside_the_engine_makes_every_frame_so_much_older() -> None:
+    straight, longer = (Workload(1, jitter_s=0.0, way_s=way_s) for way_s in (0.0, 0.03))
+    ages = [simulate([split([DEVICE], 1)], 1, workload).mean_latency_s for workload in (straight, longer)]
+    assert ages[1] == pytest.approx(ages[0] + 0.03)
+
+
 def test_the_ladder_is_told_every_frame_due_and_what_became_of_it() -> None:
     workload = Workload(3, fps=16, seconds=20, budget_s=0.4, first_frames=1)
     run, server = served({}, workload)
-    due, missed = sum(each[2] for each in server.asked), sum(each[3] for each in server.asked)
+    due, missed, lost = (sum(each[place] for each in server.asked) for place in (2, 3, 4))
     assert due == pytest.approx(3 * 16 * 20, rel=0.02)
     # Three at 120 ms are more than there is in 250: about a third is lost.
     assert missed / due == pytest.approx(run.dmr, abs=0.03) and 0.2 < run.dmr < 0.5
+    # The engine gives up most of them, and the rest is late.
+    assert 0.5 * missed < lost <= missed
     spaced = [later[0] - each[0] for each, later in pairwise(server.asked)]
     assert max(spaced) <= 0.2501
 
