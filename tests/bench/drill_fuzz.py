@@ -33,7 +33,8 @@ import yarl
 from tests.e2e.serving import Server
 from tests.interop.asking import ask
 from tests.interop.offers import obs_offer
-from tests.server.test_whip import Client, until
+from tests.server.waiting import until
+from tests.server.whip_client import Client
 
 MAX_GROWTH_MB = 64.0
 TOKEN = "a-token-of-the-drill"

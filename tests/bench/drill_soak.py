@@ -1,7 +1,7 @@
 """A soak, compressed: what leaks is tied to events, not to hours, so clients come and go some forty times a minute.
 
 A steady page and a steady stream with a viewer stay all the time; the page is steered three times a second, with a bad
-message in twenty at first, and recorded on and off. Beside them pages, publishers and viewers come for 4 s on average and end in
+message in twenty at first, and recorded on and off. Beside them pages, publishers and viewers come for 4 s and end in
 every way: with a goodbye, by closing, by vanishing, by an offer that never connects, by one that is broken. Each second
 the server's process tree is sampled: memory, threads, file descriptors, tasks of the event loop. Told are the slopes
 over the last two thirds of the time, as the median of all slopes between two samples, and what is left when all have

@@ -19,7 +19,7 @@ from server.node_name import NAME_CHARS, node_of
 from server.session_context import SessionContext
 from server.settings import ServerSettings
 from tests.server.test_server import PATIENCE_S, Visitor
-from tests.server.test_whip import Client
+from tests.server.whip_client import Client
 
 DRAIN = "/api/v1/drain"
 

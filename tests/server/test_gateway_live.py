@@ -19,7 +19,7 @@ from livebrush_client import Api, Ended, Live, connect
 from server.gateway import Gateway, GatewaySettings, running_gateway
 from tests.e2e.serving import SCRIPT, GatewayProcess, Server, has_model
 from tests.server.test_server import PATIENCE_S, MovingPicture, Visitor
-from tests.server.test_whip import Client
+from tests.server.whip_client import Client
 
 SMALL = ("--size", "64x64")
 VIEW, PUBLISH = "v" * 20, "p" * 20

@@ -12,7 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -46,6 +46,7 @@ from server.settings import MediaSettings, RecordingSettings, ServerSettings
 from server.stills import answer_still, wanted_format
 from tests.server.test_resume import fall_silent
 from tests.server.test_server import Visitor
+from tests.server.waiting import until
 
 PATIENCE_S = 90.0
 SIZE = 64
@@ -67,15 +68,6 @@ class Grey(VideoStreamTrack):
         frame = av.VideoFrame.from_ndarray(np.repeat(noise, 3, axis=2), format="rgb24")
         frame.pts, frame.time_base = pts, time_base
         return frame
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain for {what}") from None
 
 
 class House:

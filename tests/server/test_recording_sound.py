@@ -14,7 +14,9 @@ from aiortc.mediastreams import AudioStreamTrack
 
 from server.recording_process import Recorder
 from server.settings import RecordingSettings
-from tests.server.test_whip import Client, House, open_house, until
+from tests.server.test_whip import House, open_house
+from tests.server.waiting import until
+from tests.server.whip_client import Client
 
 RATE = 48_000
 

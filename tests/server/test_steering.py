@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -38,6 +38,7 @@ from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.signalling import Signalling
 from server.steering import Steering
+from tests.server.waiting import until
 
 PATIENCE_S = 30.0
 
@@ -103,15 +104,6 @@ def free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain for {what}") from None
 
 
 @pytest.fixture

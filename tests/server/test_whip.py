@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
 import aiohttp
-import av
 import numpy as np
 import pytest
 from aioice import stun
-from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
-from aiortc.mediastreams import AudioStreamTrack, MediaStreamError, MediaStreamTrack, VideoStreamTrack
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -31,9 +27,10 @@ from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.viewers import MAX_PICTURES
 from server.whip_sdp import check_codecs, parse_fragment
+from tests.server.waiting import until
+from tests.server.whip_client import SDP, Client
 
 PATIENCE_S = 30.0
-SDP = {"Content-Type": "application/sdp"}
 FRAGMENT = {"Content-Type": "application/trickle-ice-sdpfrag"}
 
 
@@ -41,78 +38,6 @@ FRAGMENT = {"Content-Type": "application/trickle-ice-sdpfrag"}
 def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client too: aioice leaves 127.0.0.1 out, and no test sends anywhere else."""
     monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
-
-
-class MovingPicture(VideoStreamTrack):
-    """A bright bar that moves over a grey, 320x240 at 30 fps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    async def recv(self) -> av.VideoFrame:
-        pts, time_base = await self.next_timestamp()
-        picture = np.full((240, 320, 3), 100, np.uint8)
-        left = 4 * self.count % 288
-        picture[:, left : left + 32] = 230
-        self.count += 1
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts, frame.time_base = pts, time_base
-        return frame
-
-
-class Client:
-    """A WHIP or WHEP client: one peer connection that only sends or only receives."""
-
-    def __init__(self, base: str, *, publishes: bool, codec: str = "video/VP8", sound: bool = False) -> None:
-        self.base = base
-        self.http = aiohttp.ClientSession()
-        self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-        self.pictures: list[tuple[float, np.ndarray]] = []
-        self.sounds = 0
-        self.url = ""
-        self._readers: list[asyncio.Task[None]] = []
-        self.connection.on("track", lambda track: self._readers.append(asyncio.create_task(self._read(track))))
-        direction = "sendonly" if publishes else "recvonly"
-        if sound:
-            self.connection.addTransceiver(AudioStreamTrack() if publishes else "audio", direction=direction)
-        video = self.connection.addTransceiver(MovingPicture() if publishes else "video", direction=direction)
-        codecs = RTCRtpSender.getCapabilities("video").codecs
-        video.setCodecPreferences([one for one in codecs if one.mimeType in (codec, "video/rtx")])
-
-    async def _read(self, track: MediaStreamTrack) -> None:
-        while True:
-            try:
-                frame = await track.recv()
-            except MediaStreamError:
-                return
-            if isinstance(frame, av.VideoFrame):
-                self.pictures.append((time.monotonic(), frame.to_ndarray(format="rgb24")))
-            else:
-                self.sounds += 1
-
-    async def offer(self) -> str:
-        await self.connection.setLocalDescription(await self.connection.createOffer())
-        return self.connection.localDescription.sdp
-
-    async def enter(self, path: str, edit: Callable[[str], str] = str) -> aiohttp.ClientResponse:
-        response = await self.http.post(self.base + path, data=edit(await self.offer()), headers=SDP)
-        if response.status == 201:
-            self.url = self.base + response.headers["Location"]
-            await self.connection.setRemoteDescription(RTCSessionDescription(await response.text(), "answer"))
-        return response
-
-    async def leave(self) -> int:
-        async with self.http.delete(self.url) as response:
-            return response.status
-
-    async def close(self) -> None:
-        await self.connection.close()
-        # One that never connected has a track that never ends.
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-        await self.http.close()
 
 
 class House:
@@ -163,15 +88,6 @@ async def open_house(**settings: Any) -> AsyncIterator[House]:
 async def house() -> AsyncIterator[House]:
     async with open_house() as made:
         yield made
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"waited {PATIENCE_S:.0f} s in vain for {what}") from None
 
 
 def shows(client: Client, **params: Any) -> bool:
