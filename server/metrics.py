@@ -8,6 +8,7 @@ shown as the camera, because the model's picture was not fit or on the camera ru
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter as Counts
 from collections import deque
@@ -17,12 +18,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.ledger import FrameLedger, Outcome, Tally
 
+log = logging.getLogger(__name__)
+
 WINDOW_S = 60.0
 RECENT_S = 5.0
 # Longer than this without a new picture, while due frames came, the picture was frozen.
 FREEZE_S = 0.5
 # Without a due frame for this long the camera paused: the gap in the picture is no interval.
 PAUSE_S = 1.0
+# An event loop later than this has stood: nothing of it may take over 20 ms.
+STALL_S = 0.25
 # What happens on the way to the first restyled picture, in order.
 TTFF_STAGES = ("answer", "connected", "camera", "chunk", "engine", "playout")
 
@@ -125,11 +130,19 @@ class ServerMetrics:
         self.loop_lag = Gauge(
             "livebrush_loop_lag_seconds", "Worst event loop lag of the last second", registry=self.registry
         )
+        self.loop_stalls = Counter(
+            "livebrush_loop_stalls",
+            "Times in which the event loop was late by over a quarter of a second",
+            registry=self.registry,
+        )
         self.tasks = Gauge("livebrush_tasks", "Tasks of the event loop", registry=self.registry)
 
     def on_tick(self, loop_lag_s: float, chunk_cost_s: float, cpu_share: float) -> None:
         """What is sampled every few seconds rather than counted."""
         self.loop_lag.set(max(0.0, loop_lag_s))
+        if loop_lag_s > STALL_S:
+            self.loop_stalls.inc()
+            log.warning("the event loop was late by %.2f s: something held it, or the machine is busy", loop_lag_s)
         self.tasks.set(len(asyncio.all_tasks()))
         self.chunk_cost.set(chunk_cost_s)
         self.cpu.set(cpu_share)

@@ -44,6 +44,11 @@ async def test_what_came_while_the_server_was_stopped_is_not_shown_late(server: 
     of_the_stop = {number for _, number in journal.seen if first <= number < last - 8}
     assert len(of_the_stop) < 0.3 * FRAMES, sorted(of_the_stop)
     assert client.errors == [] and server.capacity()["open"] == 1
+    # And it is told.
+    async with asyncio.timeout(60):
+        while "livebrush_loop_stalls_total 0.0" in await asyncio.to_thread(server.metrics):
+            await asyncio.sleep(0.2)
+    assert "the event loop was late by" in server.log_text()
 
 
 async def test_of_a_storm_of_prompts_the_last_is_in_force_and_few_are_answered(
