@@ -15,8 +15,10 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ class Moment:
 
     fps: what each session may have. process_load, engine_load: shares of what there is, as the server counts them.
     cores: CPU seconds a second of the process; loop: share of the time in which its event loop was busy; lag_ms: by
-    which it was late at most. All since the moment before.
+    which it was late at most; due, missed: frames of all sessions. All since the moment before.
     """
 
     at_s: float
@@ -71,6 +73,8 @@ class Moment:
     cores: float
     loop: float
     lag_ms: float
+    due: int
+    missed: int
 
 
 async def measure(
@@ -101,13 +105,14 @@ async def measure(
                 await load.wait()
     if load.returncode:
         raise RuntimeError("`livebrush load` could not measure: run it by hand against `livebrush serve --engine fake`")
-    return _figures(f"{width}x{height}", min_fps, json.loads(told), moments)
+    return _figures(f"{width}x{height}", min_fps, sessions * every_s, json.loads(told), moments)
 
 
 async def _watch(context: SessionContext, url: str, moments: list[Moment]) -> None:
     """Look every PERIOD_S, until cancelled."""
     began_at = before = time.monotonic()
     cpu_s, loop_s, lag_s = time.process_time(), busy_s(), 0.0
+    counted = _frames(context)
     async with aiohttp.ClientSession() as http:
         while True:
             async with http.get(f"{url}/api/v1/capacity") as reply:
@@ -116,6 +121,7 @@ async def _watch(context: SessionContext, url: str, moments: list[Moment]) -> No
             now = time.monotonic()
             spent_s, (cpu_s, loop_s) = (cpu_s, loop_s), (time.process_time(), busy_s())
             seconds, before = max(now - before, 1e-3), now
+            frames_before, counted = counted, _frames(context)
             moment = Moment(
                 round(now - began_at, 1),
                 told["open"],
@@ -126,6 +132,7 @@ async def _watch(context: SessionContext, url: str, moments: list[Moment]) -> No
                 round((cpu_s - spent_s[0]) / seconds, 2),
                 round((loop_s - spent_s[1]) / seconds, 2),
                 round(1e3 * lag_s),
+                *(after - first for first, after in zip(frames_before, counted, strict=True)),
             )
             moments.append(moment)
             print(moment, file=sys.stderr, flush=True)
@@ -136,14 +143,34 @@ async def _watch(context: SessionContext, url: str, moments: list[Moment]) -> No
                 lag_s = max(lag_s, time.monotonic() - expected)
 
 
-def _figures(size: str, min_fps: float, report: dict[str, Any], moments: list[Moment]) -> dict[str, Any]:
+def _frames(context: SessionContext) -> tuple[int, int]:
+    """Frames due and missed so far."""
+    counted = Counter[str]()
+    for metric in context.metrics.registry.collect():
+        for sample in metric.samples:
+            counted[sample.name] += round(sample.value) if math.isfinite(sample.value) else 0
+    missed = counted["livebrush_frames_late_total"] + counted["livebrush_frames_dropped_total"]
+    return counted["livebrush_frames_due_total"], missed
+
+
+def _missed(moments: list[Moment]) -> float | None:
+    due = sum(moment.due for moment in moments)
+    return round(sum(moment.missed for moment in moments) / due, 4) if due else None
+
+
+def _figures(size: str, min_fps: float, ramp_s: float, report: dict[str, Any], moments: list[Moment]) -> dict[str, Any]:
     sessions, generator = report["sessions"], report["generator"]
+    most = max(moment.open for moment in moments)
+    # With the rate settled, and without the moments in which the last one came and the first one left.
+    full = [moment for moment in moments if moment.open == most and moment.fps == moments[-1].fps][1:-1]
     return {
         "size": size,
         "asked": report["asked"],
         "refused": report["refused"],
         "because": sorted({refusal["message"] for refusal in report["refusals"]}),
         "refused_in_ms": report["refused_ms_max"],
+        "missed_while_others_ask": _missed([moment for moment in full if moment.at_s < ramp_s]),
+        "missed_after": _missed([moment for moment in full if moment.at_s >= ramp_s]),
         "seats": [seats for seats, _ in itertools.groupby(moment.seats for moment in moments if moment.open)],
         "kept": sum(
             session["fps"] >= KEPT_SHARE * min_fps and session["dmr"] is not None and session["dmr"] <= KEPT_DMR
