@@ -20,6 +20,7 @@ CAMERA, RESTYLED = 0, 1
 MARKS_S = 1.5
 POLL_S = 0.02
 ENOUGH = 24
+BEFORE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Seen:
 class Kill:
     """What one kill did, seconds from it, all at the client: told, that the engine was lost; camera, the first picture
     of it; restyled, the first picture after that. gap_s: the longest time without a new picture from the kill until
-    then; gap_frames: camera frames that were not shown in that time, but for those between pictures anyway."""
+    then; gap_frames: camera frames that were not shown in that time, but for those between pictures anyway.
+    usual_gap_s: the longest time without a new picture in the seconds before, which is the machine's."""
 
     rank: int
     told_s: float
@@ -43,11 +45,13 @@ class Kill:
     restyled_s: float
     gap_s: float
     gap_frames: int
+    usual_gap_s: float
 
     def __str__(self) -> str:
         return (
             f"rank {self.rank}: told {1e3 * self.told_s:.0f} ms, camera {1e3 * self.camera_s:.0f} ms, longest gap "
-            f"{1e3 * self.gap_s:.0f} ms ({self.gap_frames} frames), restyled {self.restyled_s:.2f} s"
+            f"{1e3 * self.gap_s:.0f} ms ({self.gap_frames} frames; before {1e3 * self.usual_gap_s:.0f} ms), "
+            f"restyled {self.restyled_s:.2f} s"
         )
 
 
@@ -146,6 +150,7 @@ async def kill_rank(watch: Watch, server: psutil.Process, rank: int, *, timeout_
         restyled_at - killed_at,
         gap_s,
         max(0, gap_frames // usual - 1),
+        max(after.at - one.at for one, after in pairwise(one for one in before if one.at > killed_at - BEFORE_S)),
     )
 
 
