@@ -17,10 +17,10 @@ from engine.cost_file import cost_file, cpu_title
 from engine.cost_model import CostModel, Work, chunk_costs
 from engine.fake import FakeEngine
 from server.cli import main
-from server.doctor import (
+from server.doctor import Report, examine, to_json, to_text
+from server.doctor_checks import (
     Finding,
     Level,
-    Report,
     check_browser,
     check_choice,
     check_codecs,
@@ -32,9 +32,6 @@ from server.doctor import (
     check_port,
     check_torch,
     check_versions,
-    examine,
-    to_json,
-    to_text,
 )
 from server.settings import ServerSettings
 
@@ -177,7 +174,7 @@ def test_a_model_of_several_files_is_checked_file_by_file(tmp_path: Path, monkey
     assert changed.level is Level.PROBLEM and "vae.safetensors has another SHA-256" in changed.text
     assert "livebrush models download" in changed.cure
     # Large ones are not read through at every look.
-    monkeypatch.setattr("server.doctor.MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr("server.doctor_checks.MAX_HASHED_BYTES", 10)
     assert "2 of them by size alone" in check_model(settings).text
     (tmp_path / "wan" / "transformer.safetensors").unlink()
     assert "transformer.safetensors has 0 bytes, not 100" in check_model(settings).text

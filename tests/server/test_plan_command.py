@@ -13,7 +13,8 @@ import pytest
 
 from engine.cost_model import CostModel, Work
 from server.admission import LIMITS
-from server.doctor import Cost, Measured, Report, to_json
+from server.doctor import Report, to_json
+from server.doctor_measure import Cost, Measured
 from server.ladder import rungs
 from server.plan_command import add_plan_parser
 from server.session_terms import rung_name
