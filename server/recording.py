@@ -221,7 +221,8 @@ class Recording:
         self.ready = True
         self.begun.set_result(None)
         log.info("recording %s: %s", self.name, ", ".join(self.what))
-        self._tell(self, "Recording.")
+        hears = self.wants_sound_of("output") or self.wants_sound_of("input")
+        self._tell(self, "Recording. Sound is recorded too, while there is some." if hears else "Recording.")
         feed = asyncio.create_task(self._feed(process.stdin), name="recording/feed")
         end, message = "failed", "its process ended"
         try:

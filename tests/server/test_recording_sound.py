@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from aiortc.mediastreams import AudioStreamTrack
 
+from server.recording import MAX_SOUND, Recordings
 from server.recording_process import Recorder
 from server.settings import RecordingSettings
 from tests.server.test_whip import House, open_house
@@ -89,7 +90,8 @@ async def test_a_film_is_whole_whatever_the_sound_does_and_is_there_after_its_se
         if sound == "from the start":
             tone.may_sound.set()
             await until(lambda: player.sounds > 10, "sound")
-        await recording(house, "POST")
+        begun = await recording(house, "POST")
+        assert begun["recording"]
         await filmed(player, 60)
         tone.may_sound.set()
         if sound != "none":
@@ -152,3 +154,17 @@ def test_a_film_without_sound_has_no_track_for_it(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "input.mp4")) as film:
         assert [stream.type for stream in film.streams] == ["video"]
         assert len(list(film.decode(video=0))) == 1
+
+
+@pytest.mark.parametrize("sound", [True, False])
+async def test_who_is_recorded_is_told_of_the_sound(sound: bool, tmp_path: Path) -> None:
+    told: list[str] = []
+    async with Recordings(RecordingSettings(dir=tmp_path, min_free_bytes=0)) as book:
+        one = book.start(["output"], lambda _, message: told.append(message), has_sound=sound)
+        await one.begun
+        assert ("Sound is recorded too" in told[0]) == sound == one.wants_sound_of("output")
+        # It never waits: what comes faster than it is written makes way.
+        for packet in range(MAX_SOUND + 10):
+            one.sound("output", bytes(4), float(packet))
+        assert one.counters["sound_dropped"] == (10 if sound else 0)
+        assert not one.wants_sound_of("input")
