@@ -37,6 +37,14 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.cpu_share = 0.0
+        self._add_sessions()
+        self._add_frames()
+        self._add_times()
+        self._add_machine()
+
+    def _add_sessions(self) -> None:
+        """Who came, who was refused, who went; and what was told to those in place."""
         self.sessions = Gauge("livebrush_sessions", "Open sessions", registry=self.registry)
         self.opened = Counter("livebrush_sessions_opened", "Sessions answered", registry=self.registry)
         self.ended = Counter(
@@ -55,6 +63,16 @@ class ServerMetrics:
         )
         self.refused = Counter("livebrush_offers_refused", "Offers refused, by code", ["code"], registry=self.registry)
         self.osc = Counter("livebrush_osc_messages", "OSC messages, by outcome", ["outcome"], registry=self.registry)
+        self.rung_moves = Counter(
+            "livebrush_rung_moves",
+            "Moves of a session on the ladder, by direction and the rung it came to",
+            ["direction", "rung"],
+            registry=self.registry,
+        )
+        self.faults = Counter("livebrush_faults", "Errors that reached a wall", ["where"], registry=self.registry)
+
+    def _add_frames(self) -> None:
+        """What became of frames."""
         self.due = Counter("livebrush_frames_due", "Frames of the agreed rate", registry=self.registry)
         self.late = Counter("livebrush_frames_late", "Frames released past the budget", registry=self.registry)
         self.thinned = Counter(
@@ -70,13 +88,9 @@ class ServerMetrics:
         self.reanchored = Counter(
             "livebrush_streams_reanchored", "Times a stream had drifted and was begun anew", registry=self.registry
         )
-        self.rung_moves = Counter(
-            "livebrush_rung_moves",
-            "Moves of a session on the ladder, by direction and the rung it came to",
-            ["direction", "rung"],
-            registry=self.registry,
-        )
-        self.faults = Counter("livebrush_faults", "Errors that reached a wall", ["where"], registry=self.registry)
+
+    def _add_times(self) -> None:
+        """How old and how even pictures were."""
         self.ttff = Histogram(
             "livebrush_ttff_seconds",
             "Offer to first restyled frame handed to the encoder",
@@ -112,6 +126,9 @@ class ServerMetrics:
             "livebrush_freezes", "Times the picture stood over 0.5 s while frames came", registry=self.registry
         )
         self.frozen_s = Counter("livebrush_frozen_seconds", "How long it stood then", registry=self.registry)
+
+    def _add_machine(self) -> None:
+        """What there is to be had, and how busy it is."""
         self.chunk_cost = Gauge("livebrush_engine_chunk_seconds", "Cost of a chunk, smoothed", registry=self.registry)
         self.seats = Gauge("livebrush_seats", "Sessions taken at the measured costs", registry=self.registry)
         self.load = Gauge(
@@ -126,7 +143,6 @@ class ServerMetrics:
             "livebrush_rungs_down", "Rungs of the ladder below the wish, 0 for none given up", registry=self.registry
         )
         self.cpu = Gauge("livebrush_cpu_share", "Busy share of all cores, whole machine", registry=self.registry)
-        self.cpu_share = 0.0
         self.loop_lag = Gauge(
             "livebrush_loop_lag_seconds", "Worst event loop lag of the last second", registry=self.registry
         )
