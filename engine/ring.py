@@ -38,7 +38,7 @@ from engine.ring_orders import CHANGES, Change, Kind, Layout, Order
 from engine.ring_pace import HOME, Pace
 from engine.ring_stage import Stage, StagePool
 from engine.session import Item, NoiseSource, PassInput, SessionState
-from engine.transport import Outbox
+from engine.transport import Outbox, Traffic
 from engine.wan.transformer import PromptContext
 from engine.wan.weights import VAE, Model
 
@@ -206,6 +206,8 @@ class RingHead(Pipeline):
         self.times: deque[list[float]] = deque(maxlen=TIMES)
         self.unit_times: list[deque[float]] = [deque(maxlen=TIMES) for _ in range(chain.units)]
         self.home_times: deque[float] = deque(maxlen=TIMES)
+        # What the others have spent on messages so far, and their bytes; rank 0's ends know their own.
+        self.wire_s, self.wire_bytes = [0.0] * self.ranks, [0.0] * self.ranks
         self._raw, self._onward, self._group = raw, onward, group
         self._limit = PASSES_PER_RANK * self.ranks
         self._pace = Pace(self.ranks, chain, capacity_bytes) if balance and self.ranks > 1 else None
@@ -227,6 +229,11 @@ class RingHead(Pipeline):
     def has_room(self) -> bool:
         """Whether a new chunk could go in now: those between their steps come first."""
         return len(self._encoding) + len(self._under_way) + len(self._ready) < self._limit
+
+    @property
+    def traffic(self) -> Traffic:
+        """What rank 0 has spent on sending."""
+        return Traffic() if self._onward is None else self._onward.traffic
 
     def takes(self, key: str) -> bool:
         """Whether the stream has no chunk here that waits for another of its own; where several ranks encode, as many
@@ -457,7 +464,13 @@ class RingHead(Pipeline):
 
     def _coding(self, kind: Kind, flow: Flow) -> Order:
         return Order(
-            kind, self.stage.epoch, stream=flow.slot, rank_s=[0.0] * self.ranks, unit_s=[0.0] * self.chain.units
+            kind,
+            self.stage.epoch,
+            stream=flow.slot,
+            rank_s=[0.0] * self.ranks,
+            unit_s=[0.0] * self.chain.units,
+            wire_s=[0.0] * self.ranks,
+            wire_bytes=[0.0] * self.ranks,
         )
 
     def _as_pixels(self, frames: Tensor) -> Tensor:
@@ -547,6 +560,8 @@ class RingHead(Pipeline):
             slots=slots[0].tolist(),
             rank_s=[0.0] * self.ranks,
             unit_s=[0.0] * self.chain.units,
+            wire_s=[0.0] * self.ranks,
+            wire_bytes=[0.0] * self.ranks,
         )
 
     def _run(self, order: Order, noisy: Tensor, source: Tensor) -> None:
@@ -567,6 +582,8 @@ class RingHead(Pipeline):
     # --- answers
 
     def _answer(self, order: Order, tensor: Tensor) -> None:
+        _add(self.wire_s, order.wire_s)
+        _add(self.wire_bytes, order.wire_bytes)
         due: dict[Kind, _Due[Any]] = {
             Kind.ENCODE: self._encoding,
             Kind.PASS: self._under_way,

@@ -26,7 +26,7 @@ from engine.api import EngineError, RankLost, StreamParams
 from engine.ring import Done, RingHead
 from engine.ring_rank import PEER_GONE, Events, Loader, RingSpec, follow, make_head, run_rank
 from engine.session import NoiseSource
-from engine.transport import HOST, Inbox, PeerGone
+from engine.transport import HOST, Inbox, PeerGone, Traffic
 
 BLAME_S = 0.5
 STOP_TIMEOUT_S = 10.0
@@ -48,7 +48,9 @@ class RingResult:
 @dataclass(frozen=True)
 class RingStats:
     """bounds, epoch: the plan in force. kinds: of the units. passes: so far. Medians, seconds: rank_s, what each rank
-    takes for its part of one pass; unit_s, each unit when it runs; home_s, rank 0 for a chunk beside its units."""
+    takes for its part of one pass; unit_s, each unit when it runs; home_s, rank 0 for a chunk beside its units. In all
+    so far: wire_s, what each rank has spent on messages (`Traffic`); wire_bytes, what it has sent and received.
+    """
 
     bounds: tuple[int, ...]
     epoch: int
@@ -57,6 +59,8 @@ class RingStats:
     unit_s: tuple[float, ...]
     home_s: float
     passes: int
+    wire_s: tuple[float, ...]
+    wire_bytes: tuple[float, ...]
 
     def total_s(self, kind: str) -> float:
         """What the units of a kind take together, or all that encode or decode."""
@@ -289,7 +293,7 @@ def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tu
         if name == "answer":
             head.take(value.words, value.tensors)
         else:
-            _obey(head, value, pipe)
+            _obey(head, value, pipe, inboxes)
         head.fill()
         for stream, error in head.failed:
             raise PeerGone(f"stream {stream!r}: a text could not be encoded: {error}") from error
@@ -307,7 +311,7 @@ def _result(done: Done) -> RingResult:
     return RingResult(done.key, done.chunk, None, latent, pixels, first)
 
 
-def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection) -> None:
+def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection, inboxes: Sequence[tuple[str, Inbox]]) -> None:
     name, *rest = command
     if name == "submit":
         head.submit(*rest)
@@ -323,7 +327,7 @@ def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection) -> None:
         elif name == "move":
             head.move(rest[0])
         else:
-            answer = _stats(head)
+            answer = _stats(head, inboxes)
     except KeyError:
         pipe.send_bytes(pickle.dumps(("refused", f"stream {rest[0]!r} is not open: open it first")))
     except (ValueError, MemoryError) as error:
@@ -332,7 +336,9 @@ def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(("answer", answer)))
 
 
-def _stats(head: RingHead) -> RingStats:
+def _stats(head: RingHead, inboxes: Sequence[tuple[str, Inbox]]) -> RingStats:
+    own = sum((inbox.traffic for _, inbox in inboxes), head.traffic)
+    seconds, count = own.since(Traffic())
     times = torch.tensor(list(head.times) or [[0.0] * head.ranks])
     return RingStats(
         bounds=tuple(head.stage.bounds),
@@ -342,6 +348,8 @@ def _stats(head: RingHead) -> RingStats:
         unit_s=tuple(statistics.median(seen) if seen else 0.0 for seen in head.unit_times),
         home_s=statistics.median(head.home_times) if head.home_times else 0.0,
         passes=head.passes,
+        wire_s=(seconds, *head.wire_s[1:]),
+        wire_bytes=(count, *head.wire_bytes[1:]),
     )
 
 

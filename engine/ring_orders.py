@@ -45,7 +45,7 @@ class Layout:
     @property
     def words(self) -> int:
         """Length of `Order.write`."""
-        return 14 + 2 * self.window + 4 * CHANGES + 2 * self.ranks + 1 + self.units
+        return 14 + 2 * self.window + 4 * CHANGES + 4 * self.ranks + 1 + self.units
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Order:
     pass is shown as. frames: latent frames. row, seen, held, slots: the cache row as it is for this pass, see `KVPool`.
     stream: whose memories. prompt: where its text lies. reply: whether the clean latent goes back. show: camera frames
     to decode then; 0 for none. bounds: first unit of every rank, and the end. rank_s, unit_s: what each rank and each
-    unit took as the message went by, seconds.
+    unit took as the message went by, seconds. wire_s, wire_bytes: what each rank that it passes has spent on messages
+    since it told last.
     """
 
     kind: Kind
@@ -79,6 +80,8 @@ class Order:
     rank_s: list[float] = field(default_factory=list)
     unit_s: list[float] = field(default_factory=list)
     bounds: Sequence[int] = ()
+    wire_s: list[float] = field(default_factory=list)
+    wire_bytes: list[float] = field(default_factory=list)
 
     def write(self, layout: Layout) -> list[float]:
         """As words of a fixed number."""
@@ -95,6 +98,8 @@ class Order:
             *_padded(self.rank_s, layout.ranks),
             *_padded(self.unit_s, layout.units),
             *_padded(self.bounds, layout.ranks + 1),
+            *_padded(self.wire_s, layout.ranks),
+            *_padded(self.wire_bytes, layout.ranks),
         ]
 
     @classmethod
@@ -128,6 +133,8 @@ class Order:
             rank_s=[next(rest) for _ in range(layout.ranks)],
             unit_s=[next(rest) for _ in range(layout.units)],
             bounds=[int(next(rest)) for _ in range(layout.ranks + 1)],
+            wire_s=[next(rest) for _ in range(layout.ranks)],
+            wire_bytes=[next(rest) for _ in range(layout.ranks)],
         )
 
     def to_show(self) -> "Order":
@@ -138,6 +145,8 @@ class Order:
             number=self.show_number,
             rank_s=[0.0] * len(self.rank_s),
             unit_s=[0.0] * len(self.unit_s),
+            wire_s=[0.0] * len(self.wire_s),
+            wire_bytes=[0.0] * len(self.wire_bytes),
         )
 
 

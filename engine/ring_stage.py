@@ -18,7 +18,7 @@ from engine.chain import Chain, latents_carried
 from engine.denoise import predict_clean
 from engine.kv_cache import CacheRow, KVPool
 from engine.ring_orders import Change, Kind, Layout, Order
-from engine.transport import Inbox, Outbox, PeerGone
+from engine.transport import Inbox, Outbox, PeerGone, Traffic
 from engine.wan.presets import TransformerConfig
 from engine.wan.transformer import PromptContext
 from engine.wan.vae import Carried, Memory
@@ -321,11 +321,16 @@ def serve(stage: Stage, layout: Layout, inbox: Inbox, onward: Outbox | None, bac
     def answer(order: Order, tensor: Tensor) -> None:
         back.send(order.write(layout), [tensor])
 
+    ends = [end.traffic for end in (inbox, onward, back) if end is not None]
+    told = Traffic()
     while True:
         message = inbox.receive()
         order = Order.read(message.words, layout)
         stage.follow(order.changes)
         if order.kind in (Kind.ENCODE, Kind.PASS, Kind.SHOW):
+            spent = sum(ends, Traffic())
+            order.wire_s[stage.rank], order.wire_bytes[stage.rank] = spent.since(told)
+            told = spent
             stage.work(order, tuple(message.tensors), send_on, answer)
             continue
         send_on(order, message.tensors)

@@ -12,6 +12,7 @@ and has never been run by us.
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,31 @@ def open_wire(shape: WireShape) -> Wire:
     return Wire(dist.new_group(backend="gloo"), dist.new_group(backend=payload), shape)
 
 
+@dataclass
+class Traffic:
+    """What one end of a wire has done so far. cpu_s: of the thread that packs or unpacks, copies and calls; what
+    torch's own threads do beside it is not in it. waited_s: for a free buffer to send from."""
+
+    cpu_s: float = 0.0
+    waited_s: float = 0.0
+    bytes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.cpu_s + other.cpu_s, self.waited_s + other.waited_s, self.bytes + other.bytes)
+
+    def since(self, before: "Traffic") -> tuple[float, int]:
+        """Seconds, waiting to send included, and bytes since then."""
+        seconds = self.cpu_s + self.waited_s - before.cpu_s - before.waited_s
+        return seconds, self.bytes - before.bytes
+
+
 class Outbox:
     """Sends to one rank. Returns as soon as a buffer is free, which bounds what is under way."""
 
     def __init__(self, wire: Wire, to: int, *, timeout_s: float) -> None:
         """timeout_s: how long the receiver may leave a message untaken."""
         shape = wire.shape
+        self.traffic = Traffic()
         self._wire, self._to, self._timeout = wire, to, timedelta(seconds=timeout_s)
         words = [torch.zeros(shape.row, dtype=torch.float64) for _ in range(DEPTH)]
         pieces = [torch.zeros(shape.values, dtype=shape.dtype, device=shape.device) for _ in range(shape.pieces)]
@@ -106,6 +126,7 @@ class Outbox:
 
         Raises: PeerGone; ValueError for more than `TENSORS` tensors, or more axes than `AXES`.
         """
+        began = time.thread_time()
         if len(tensors) > TENSORS or any(not 0 < tensor.dim() <= AXES for tensor in tensors):
             raise ValueError(f"a message holds at most {TENSORS} tensors of 1 to {AXES} axes")
         shapes = torch.zeros(TENSORS, AXES, dtype=torch.float64)
@@ -118,6 +139,7 @@ class Outbox:
         self._put(self._words, self._wire.words, row)
         for piece in pieces:
             self._put(self._pieces, self._wire.payload, piece)
+        self.traffic.cpu_s += time.thread_time() - began
 
     def flush(self) -> None:
         """Wait until all that was sent is taken. Raises PeerGone."""
@@ -126,7 +148,10 @@ class Outbox:
 
     def _put(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, values: Tensor) -> None:
         buffer, work = buffers.popleft()
+        began = time.perf_counter()
         _wait(work, self._timeout)
+        self.traffic.waited_s += time.perf_counter() - began
+        self.traffic.bytes += buffer.nbytes
         buffer[: values.shape[0]].copy_(values)
         try:
             buffers.append((buffer, dist.isend(buffer, self._to, group)))
@@ -139,6 +164,7 @@ class Inbox:
 
     def __init__(self, wire: Wire, source: int) -> None:
         shape = wire.shape
+        self.traffic = Traffic()
         self._wire, self._source = wire, source
         self._words: deque[tuple[Tensor, dist.Work | None]] = deque()
         self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque()
@@ -151,6 +177,7 @@ class Inbox:
     def receive(self) -> Message:
         """The next message; blocks until it is there. Raises PeerGone."""
         shape = self._wire.shape
+        began = time.thread_time()
         row = torch.empty(shape.row, dtype=torch.float64)
         self._take(self._words, self._wire.words, row)
         count, *numbers = row.tolist()
@@ -164,11 +191,13 @@ class Inbox:
                 end = start + math.prod(size)
                 tensors.append(payload[start:end].view(size))
                 start = end
+        self.traffic.cpu_s += time.thread_time() - began
         return Message(numbers[TENSORS * AXES :], tensors)
 
     def _take(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, into: Tensor) -> None:
         buffer, work = buffers.popleft()
         _wait(work, timedelta(seconds=IDLE_LIMIT_S))
+        self.traffic.bytes += buffer.nbytes
         into.copy_(buffer)
         self._post(buffers, group, buffer)
 

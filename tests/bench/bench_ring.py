@@ -6,7 +6,8 @@ Both kinds of ring run for the whole time and are given work in turns, so that w
 both alike. Two streams fill each. Told for every pair, by the clock: chunks a second and their ratio. And, because a
 machine with other work makes a clock tell of that work: by the CPU time of each rank's process (all of it: units,
 messages, scheduling), CPU seconds a chunk of the one rank over those of the busier of the two, which is what the ratio
-would be if no rank ever waited; and what the best split of the units gives by their times on one rank alone.
+would be if no rank ever waited; what of that went to messages (packing, copies, calls, waiting to send; not what
+gloo's own threads do beside it); and what the best split of the units gives by their times on one rank alone.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.api import StreamParams
+from engine.launch import RANK_ENVIRONMENT
 from engine.partition import partition
 from engine.ring_group import RingGroup, RingStats
 from engine.ring_rank import Loader, RingSpec
@@ -45,10 +47,12 @@ def pinned(group: RingGroup, cores: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds a chunk: by the clock, and of CPU on every rank."""
+    """Of a chunk: seconds by the clock; on every rank seconds of CPU, seconds on messages, and their bytes."""
 
     wall_s: float
     cpu_s: tuple[float, ...]
+    wire_s: tuple[float, ...]
+    wire_bytes: tuple[float, ...]
 
 
 def cpu_seconds(group: RingGroup) -> list[float]:
@@ -60,19 +64,25 @@ def cpu_seconds(group: RingGroup) -> list[float]:
 def timed(group: RingGroup, frames: torch.Tensor, chunks: int) -> Taken:
     """Give chunks with the ring full from start to end of the count."""
     sent = done = first = 0
-    began, cpu = 0.0, cpu_seconds(group)
+    began, cpu, before = 0.0, cpu_seconds(group), group.stats()
     while done < chunks + len(STREAMS):
         while sent - done < 4 * len(STREAMS) and sent < chunks + 4 * len(STREAMS):
             group.submit(STREAMS[sent % len(STREAMS)], frames)
             sent += 1
         done += len(group.collect())
         if not began and done >= len(STREAMS):
+            before = group.stats()
             began, first, cpu = time.perf_counter(), done, cpu_seconds(group)
     taken = (time.perf_counter() - began) / (done - first)
     # What is still in the ring is as much as was in it when the count began.
     spent = tuple((after - before) / (done - first) for before, after in zip(cpu, cpu_seconds(group), strict=True))
+    after = group.stats()
+    seconds, sizes = (
+        tuple((late - early) / (done - first) for early, late in zip(*both, strict=True))
+        for both in ((before.wire_s, after.wire_s), (before.wire_bytes, after.wire_bytes))
+    )
     group.finish()
-    return Taken(taken, spent)
+    return Taken(taken, spent, seconds, sizes)
 
 
 def units_s(stats: RingStats, steps: int) -> list[float]:
@@ -108,6 +118,8 @@ def main() -> int:
         return 1
     frames = torch.from_numpy(camera(4, width=options.size, height=options.size))
     load = MODELS[options.model]
+    # As a server starts its ranks.
+    os.environ.update(RANK_ENVIRONMENT)
     specs = [RingSpec(ranks=n, width=options.size, height=options.size, balance=n > 1) for n in (1, 2)]
     found: list[tuple[Taken, Taken]] = []
     with RingGroup(load, specs[0]) as one, RingGroup(load, specs[1]) as two:
@@ -128,6 +140,15 @@ def main() -> int:
                 f"{alone.wall_s / together.wall_s:.3f}x by the clock; CPU {1000 * alone.cpu_s[0]:.1f} ms a chunk, over "
                 f"two ranks {ranks} ms: {alone.cpu_s[0] / max(together.cpu_s):.3f}x if none waits",
                 flush=True,
+            )
+        for rank in range(2):
+            wire_s, cpu_s, size = (
+                statistics.median(getattr(both, name)[rank] for _, both in found)
+                for name in ("wire_s", "cpu_s", "wire_bytes")
+            )
+            print(
+                f"rank {rank}: {1000 * wire_s:.2f} ms a chunk on messages of {size / 1e6:.2f} MB, "
+                f"{100 * wire_s / cpu_s:.1f} % of its {1000 * cpu_s:.1f} ms of CPU"
             )
         own, stats = one.stats(), two.stats()
         by_clock = statistics.median(a.wall_s / b.wall_s for a, b in found)

@@ -236,7 +236,12 @@ def test_the_embedded_model_over_two_ranks_is_itself() -> None:
     steps += mixed([feed("a", range(6)), feed("b", range(10, 16))])
     with RingGroup(embedded, RingSpec(2, 64, 64, raw=True, bounds=(0, 8, 14))) as group:
         results = play(group, steps, 64, 64)
-        assert group.stats().bounds == (0, 8, 14)
+        stats = group.stats()
+    assert stats.bounds == (0, 8, 14)
+    # Frames come back over the wire; both of its ends count what passed, rank 1 up to its last message but one.
+    frames = sum(pixels.nbytes for _, pixels in results.values())
+    assert frames < min(stats.wire_bytes) and min(stats.wire_s) > 0
+    assert max(stats.wire_bytes) < 1.2 * min(stats.wire_bytes)
     assert_same(results, Alone(embedded(0), "batch", 64, 64).play(steps))
 
 
@@ -376,7 +381,7 @@ def test_an_order_survives_the_wire() -> None:
         timestep=699.0000000001, sigma=1 / 3, strength=float(torch.tensor(0.7)), held=[0, 1, -1, 4, 5, 6],
         slots=[2, 3], changes=[(Change.COPY, 1, 2, 0)], rank_s=[0.1, 0.2, 0.3],
         unit_s=[0.1, 0.0, 0.2, 0.3],
-        bounds=[0, 1, 2, 5],
+        bounds=[0, 1, 2, 5], wire_s=[0.0, 0.5, 0.25], wire_bytes=[0.0, 4096.0, 8192.0],
     )  # fmt: skip
     words = order.write(layout)
     assert len(words) == layout.words
