@@ -21,9 +21,8 @@ Axes in names: B rows, T latent frames, C channels, H and W rows and columns, N 
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,131 +32,19 @@ from engine.api import EngineError, StreamParams
 from engine.chain import Chain, latents_carried
 from engine.flow_match import add_noise, stacked
 from engine.kv_cache import CacheRow
-from engine.pipeline import Mode, Pipeline, Rendered
+from engine.pipeline import Mode, Pipeline
+from engine.ring_flow import Chunk, Done, Due, Encoding, Flow, Pass
 from engine.ring_orders import CHANGES, Change, Kind, Layout, Order
 from engine.ring_pace import HOME, Pace
 from engine.ring_stage import Stage, StagePool
 from engine.session import Item, NoiseSource, PassInput, SessionState
 from engine.transport import Outbox, Traffic
 from engine.wan.transformer import PromptContext
-from engine.wan.weights import VAE, Model
+from engine.wan.weights import Model
 
 PASSES_PER_RANK = 2
 # As many of the last measurements are kept.
 TIMES = 64
-J = TypeVar("J")
-
-
-@dataclass(eq=False)
-class _Chunk:
-    """A chunk that waits. pixels, vae: None until it has been sent to be encoded; source: until it came back. changes:
-    the chunk before was encoded by another VAE. spent_s: what each rank has spent on it so far."""
-
-    frames: Tensor
-    pixels: Tensor | None = None
-    vae: VAE | None = None
-    changes: bool = False
-    source: Tensor | None = None
-    spent_s: list[float] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Flow:
-    """A stream on rank 0. slot: its memories. waiting: chunks, and parameters for those behind them. held: laid out,
-    waits for the chunks in flight. alone: runs its steps by itself. fresh: nothing of it was encoded yet. generation:
-    counts resets; what is under way of an older one is let go."""
-
-    key: str
-    state: SessionState
-    slot: int
-    waiting: deque[_Chunk | StreamParams] = field(default_factory=deque)
-    advanced: bool = False
-    recache: bool = False
-    held: tuple[Item, list[float]] | None = None
-    alone: Item | None = None
-    fresh: bool = True
-    generation: int = 0
-
-    @property
-    def unsent(self) -> _Chunk | None:
-        """The next chunk that was not sent to be encoded, of those before a change of parameters."""
-        chunks = itertools.takewhile(lambda waiting: isinstance(waiting, _Chunk), self.waiting)
-        return next((chunk for chunk in chunks if isinstance(chunk, _Chunk) and chunk.pixels is None), None)
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoding:
-    """A chunk whose source is due."""
-
-    flow: Flow
-    chunk: _Chunk
-    generation: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """A chunk at one step. spent_s: what each rank has spent on the chunk so far."""
-
-    flow: Flow
-    item: Item
-    generation: int
-    given: PassInput | None
-    spent_s: list[float]
-
-    @property
-    def stale(self) -> bool:
-        return self.generation != self.flow.generation
-
-
-class _Due(Generic[J]):
-    """What was asked for, and is taken in the same order: where units have moved, a later answer may come first."""
-
-    def __init__(self) -> None:
-        self._jobs: deque[J] = deque()
-        self._answers: dict[int, tuple[Order, Tensor]] = {}
-        self._asked = self._taken = 0
-
-    def __len__(self) -> int:
-        return len(self._jobs)
-
-    def __iter__(self) -> Iterator[J]:
-        return iter(self._jobs)
-
-    @property
-    def first(self) -> J | None:
-        """What is due next."""
-        return self._jobs[0] if self._jobs else None
-
-    def ask(self, job: J) -> int:
-        """Returns the number that the answer must have."""
-        self._jobs.append(job)
-        self._asked += 1
-        return self._asked - 1
-
-    def answer(self, order: Order, tensor: Tensor) -> None:
-        """Keep what came back until its turn."""
-        self._answers[order.number] = order, tensor
-
-    def take(self) -> tuple[J, Order, Tensor] | None:
-        """The next in order, once its answer is there."""
-        if self._taken not in self._answers:
-            return None
-        self._taken += 1
-        return self._jobs.popleft(), *self._answers.pop(self._taken - 1)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A chunk that is done. rendered: None where pixels are wanted as the decoder made them [T, 3, H, W]; pixels and
-    item are None where there was no prompt yet. cost_s: what the slowest rank spent on it, which is what a chunk takes
-    of a ring that is full; 0 where nothing was measured."""
-
-    key: str
-    chunk: int
-    rendered: Rendered | None
-    item: Item | None
-    pixels: Tensor | None
-    cost_s: float = 0.0
 
 
 class RingHead(Pipeline):
@@ -211,10 +98,10 @@ class RingHead(Pipeline):
         self._raw, self._onward, self._group = raw, onward, group
         self._limit = PASSES_PER_RANK * self.ranks
         self._pace = Pace(self.ranks, chain, capacity_bytes) if balance and self.ranks > 1 else None
-        self._encoding: _Due[_Encoding] = _Due()
-        self._under_way: _Due[_Pass] = _Due()
-        self._ready: deque[_Pass] = deque()
-        self._showing: _Due[_Pass] = _Due()
+        self._encoding: Due[Encoding] = Due()
+        self._under_way: Due[Pass] = Due()
+        self._ready: deque[Pass] = deque()
+        self._showing: Due[Pass] = Due()
         self._pixels: Tensor | None = None
         self._layout_s = 0.0
         self._slots = list(range(streams))[::-1]
@@ -261,7 +148,7 @@ class RingHead(Pipeline):
 
     def submit(self, key: str, frames: Tensor) -> None:
         """Give a stream its next chunk: uint8 [T, H, W, 3], or pixels [T, 3, H, W] in [-1, 1]."""
-        self.flows[key].waiting.append(_Chunk(frames))
+        self.flows[key].waiting.append(Chunk(frames))
 
     def update(self, key: str, params: StreamParams) -> None:
         """Change a stream from the next chunk it is given. Raises ValueError for what the model cannot follow."""
@@ -279,7 +166,7 @@ class RingHead(Pipeline):
         flow.alone = flow.held = None
         flow.fresh = True
         for chunk in flow.waiting:
-            if isinstance(chunk, _Chunk):
+            if isinstance(chunk, Chunk):
                 # It is encoded again, as the first of a stream.
                 chunk.pixels = chunk.source = None
         self._forget(flow.slot)
@@ -374,7 +261,7 @@ class RingHead(Pipeline):
             if not flow.waiting or not self._prepared(flow):
                 return False
             chunk = flow.waiting[0]
-            assert isinstance(chunk, _Chunk)  # parameters have been taken up
+            assert isinstance(chunk, Chunk)  # parameters have been taken up
             if state.prompts.context is None:
                 flow.waiting.popleft()
                 flow.advanced = False
@@ -422,7 +309,7 @@ class RingHead(Pipeline):
         """How many ranks have a part in encoding."""
         return sum(begin < self.chain.encode.stop for begin in self.stage.bounds[:-1])
 
-    def _encode(self, flow: Flow, chunk: _Chunk) -> bool:
+    def _encode(self, flow: Flow, chunk: Chunk) -> bool:
         """Send a chunk to be encoded; a light VAE beside the model's is not laid over the ranks, and does it here.
 
         Returns: False where it must wait: at a change memories begin anew, once nothing needs the old ones.
@@ -443,7 +330,7 @@ class RingHead(Pipeline):
         whole = self._whole(chunk.pixels, fresh=flow.fresh)
         flow.fresh = False
         order = self._coding(Kind.ENCODE, flow)
-        order.number = self._encoding.ask(_Encoding(flow, chunk, flow.generation))
+        order.number = self._encoding.ask(Encoding(flow, chunk, flow.generation))
         self._begin(order, (whole,))
         return True
 
@@ -530,7 +417,7 @@ class RingHead(Pipeline):
         order = self._order(item.rows[step], item.slots, timestep_B, item.prompt)
         order.reply, order.stream = True, flow.slot
         order.sigma, order.strength = float(schedule.sigmas[step]), float(schedule.strength)
-        job = _Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B), spent_s)
+        job = Pass(flow, item, flow.generation, PassInput(noisy, item.source, timestep_B), spent_s)
         order.number = self._under_way.ask(job)
         if step + 1 == schedule.steps and item.vae is self.model.vae:
             order.show, order.show_number = item.frames, self._showing.ask(job)
@@ -539,12 +426,12 @@ class RingHead(Pipeline):
     def _issue_shown(self, flow: Flow, item: Item, spent_s: list[float]) -> None:
         """Send a chunk that has no steps to be decoded."""
         if item.vae is not self.model.vae:
-            self._show_here(_Pass(flow, item, flow.generation, None, spent_s))
+            self._show_here(Pass(flow, item, flow.generation, None, spent_s))
             return
         latent = self.model.vae.normalise(item.clean) if self.sampling.latents == "raw" else item.clean
         order = self._coding(Kind.SHOW, flow)
         order.show = item.frames
-        order.number = self._showing.ask(_Pass(flow, item, flow.generation, None, spent_s))
+        order.number = self._showing.ask(Pass(flow, item, flow.generation, None, spent_s))
         self._begin(order, (latent,))
 
     def _order(self, row: CacheRow, slots: Tensor, timestep_B: Tensor, context: PromptContext) -> Order:
@@ -584,7 +471,7 @@ class RingHead(Pipeline):
     def _answer(self, order: Order, tensor: Tensor) -> None:
         _add(self.wire_s, order.wire_s)
         _add(self.wire_bytes, order.wire_bytes)
-        due: dict[Kind, _Due[Any]] = {
+        due: dict[Kind, Due[Any]] = {
             Kind.ENCODE: self._encoding,
             Kind.PASS: self._under_way,
             Kind.SHOW: self._showing,
@@ -600,12 +487,12 @@ class RingHead(Pipeline):
         while (job := self._showing.first) and (job.stale or job.item.done) and (shown := self._showing.take()):
             self._shown_one(*shown)
 
-    def _encoded_one(self, job: _Encoding, order: Order, source: Tensor) -> None:
+    def _encoded_one(self, job: Encoding, order: Order, source: Tensor) -> None:
         self._note(order, self.chain.encode)
         if job.generation == job.flow.generation:
             job.chunk.source, job.chunk.spent_s = source, list(order.rank_s)
 
-    def _passed_one(self, job: _Pass, order: Order, clean: Tensor) -> None:
+    def _passed_one(self, job: Pass, order: Order, clean: Tensor) -> None:
         self.times.append(order.rank_s)
         flow, item, state = job.flow, job.item, job.flow.state
         _add(job.spent_s, order.rank_s)
@@ -629,21 +516,21 @@ class RingHead(Pipeline):
         if item.vae is not self.model.vae:
             self._show_here(job)
 
-    def _show_here(self, job: _Pass) -> None:
+    def _show_here(self, job: Pass) -> None:
         """Decode a chunk by a VAE that is not laid over the ranks."""
         began = time.perf_counter()
         pixels = super().decode(job.item)
         job.spent_s[0] += time.perf_counter() - began
         self._show(job, pixels)
 
-    def _shown_one(self, job: _Pass, order: Order, pixels: Tensor) -> None:
+    def _shown_one(self, job: Pass, order: Order, pixels: Tensor) -> None:
         self._note(order, self.chain.decode)
         if job.stale:
             return
         _add(job.spent_s, order.rank_s)
         self._show(job, pixels)
 
-    def _show(self, job: _Pass, pixels: Tensor) -> None:
+    def _show(self, job: Pass, pixels: Tensor) -> None:
         item, key = job.item, job.flow.key
         began, home_s, rendered = time.perf_counter(), self._layout_s, None
         if not self._raw:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, RankLost, StreamParams
-from engine.ring import Done, RingHead
+from engine.ring import RingHead
+from engine.ring_flow import Done
 from engine.ring_rank import PEER_GONE, Events, Loader, RingSpec, follow, make_head, run_rank
 from engine.session import NoiseSource
 from engine.transport import HOST, Inbox, PeerGone, Traffic

@@ -37,7 +37,8 @@ from engine.frame_memory import RING_SLOTS_PER_RANK, FrameLayout, FrameMemory
 from engine.health import Verdict
 from engine.memory import check, plan_of, pool_streams
 from engine.messages import Open, Status, StreamFailed, Submit, ToRank
-from engine.ring import Done, RingHead
+from engine.ring import RingHead
+from engine.ring_flow import Done
 from engine.ring_pace import WINDOW_PASSES
 from engine.ring_rank import PEER_GONE, Events, RingSpec, follow, make_head, run_rank
 from engine.ring_start import Follower
