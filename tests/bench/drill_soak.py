@@ -68,8 +68,9 @@ GRACE_S = 5.0
 MIN_PATIENT_S = 240.0
 
 MAX_MB_PER_1000 = 40.0
-# Of threads, descriptors and tasks, of their median: who is there comes and goes, and a task a visit would be more.
-MAX_GROWTH = 0.15
+# Of threads, descriptors and tasks, of their median: who is there comes and goes (a quarter, once), and a task left by
+# every tenth visit would be more. What is left in the end tells it exactly.
+MAX_GROWTH = 0.4
 MAX_LEFT = {"threads": 4, "files": 4, "tasks": 2}
 MAX_LATER = 1.5
 

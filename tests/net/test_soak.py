@@ -41,8 +41,8 @@ def test_the_verdict_sees_a_leak_and_no_other() -> None:
     assert soaked_with(0.5, 0.0).failures() == []
     # 100 kB a visit at 40 visits a minute.
     assert [word for word in soaked_with(4.0, 0.0).failures() if "MB per 1000 visits" in word]
-    assert [word for word in soaked_with(0.0, 1.0).failures() if word.startswith("tasks grow")]
-    assert soaked_with(0.0, 0.2).failures() == []
+    assert [word for word in soaked_with(0.0, 2.0).failures() if word.startswith("tasks grow")]
+    assert soaked_with(0.0, 0.4).failures() == []
     assert soaked_with(0.0, 0.0, tasks_left=3).failures() == ["3 tasks left"]
     late = soaked_with(0.0, 0.0)
     late.begun_s[50:] = [0.9] * 50
