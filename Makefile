@@ -30,12 +30,13 @@ bench:  ## measure this machine: the model by parts, the engine's passes, one pa
 	@echo "== one page"; $(BIN)/python tests/bench/bench_browser.py $(ARGS)
 	@echo "== two pages"; $(BIN)/python tests/bench/bench_browser.py --sessions 2 $(ARGS)
 
-drills:  ## break it and watch: an engine four times slower in mid-stream; a minute of mangled requests; bad networks
+drills:  ## break it and watch: an engine four times slower in mid-stream; a minute of mangled requests; bad networks; faults
 	@scripts/setup test
 	@$(BIN)/python tests/bench/drill_slowdown.py $(ARGS)
 	@$(BIN)/python tests/bench/drill_fuzz.py
 	@$(BIN)/python tests/bench/drill_network.py --seconds 6
 	@$(BIN)/python tests/bench/drill_viewers.py --seconds 6 --players 3
+	@$(BIN)/python tests/bench/drill_faults.py
 
 train:  ## train the embedded model anew (hours; engine/training/DATA.md names the data)
 	@scripts/setup train
