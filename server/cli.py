@@ -76,6 +76,9 @@ def serve(options: argparse.Namespace) -> int:
     if resolved.choice is not None:
         print(resolved.choice.reason, flush=True, file=sys.stderr)
 
+    from server.allocator import keep_few_arenas
+
+    keep_few_arenas()
     from server.app import serve as run_server
     from server.event_loop import BusyLoop
     from server.redaction import configure_logging

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +50,18 @@ def until_prompt(page: Page, prompt: str) -> None:
     page.wait_for_function("prompt => window.livebrush.settings.prompt === prompt", arg=prompt)
 
 
+def until_scene(page: Page, server: Server, prompt: str, index: int) -> None:
+    """Until the one session of that prompt stands at that scene; the page may know a little before the list does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        sessions = json.loads(server.get("/api/v1/sessions"))["sessions"]
+        found = [one["scene"]["index"] for one in sessions if one["params"]["prompt"] == prompt]
+        if found == [index]:
+            return
+        assert time.monotonic() < deadline, sessions
+        page.wait_for_timeout(100)
+
+
 def test_a_scene_list_is_written_played_by_the_server_and_kept(page: Page, tmp_path: Path, fake: Server) -> None:
     page.locator("#scenes-details > summary").click()
     expect(page.locator("#scenes p.note")).to_have_text("")
@@ -71,8 +84,7 @@ def test_a_scene_list_is_written_played_by_the_server_and_kept(page: Page, tmp_p
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Previous", exact=True).click()
     until_prompt(page, "mosaic")
-    sessions = json.loads(fake.get("/api/v1/sessions"))["sessions"]
-    assert [one["scene"]["index"] for one in sessions if one["params"]["prompt"] == "mosaic"] == [1]
+    until_scene(page, fake, "mosaic", 1)
     with page.expect_download() as download:
         page.get_by_role("button", name="Export").click()
     assert json.loads(download.value.path().read_text())["scenes"][1] == {"prompt": "mosaic", "name": "night"}
