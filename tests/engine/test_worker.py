@@ -569,7 +569,8 @@ def test_the_smaller_picture_is_of_the_frames_given_and_of_their_size(
     expected = alone.render(alone.open(StreamParams(prompt="neon", strength=0.0)), frames[:, ::2, ::2])
     planes = torch.from_numpy(expected).permute(0, 3, 1, 2).float()
     larger = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bilinear").permute(0, 2, 3, 1).numpy()
-    assert abs(shown - larger).max() <= 1
+    # The one is rounded to levels before it is enlarged, the other after, and in bfloat16 a step is most of a level.
+    assert abs(shown - larger).max() <= 2
 
 
 def test_a_small_stream_that_cannot_move_stays_as_it_is(rank_of: Callable[..., Rank], two_sizes: Path) -> None:
