@@ -16,6 +16,7 @@ import psutil
 
 from engine.api import EngineState, StreamParams
 from server.admission import LIMITS, Stays, bounds, free_seats, seats
+from server.allocator import give_back
 from server.control import ControlError, check_steps, shown_params
 from server.errors import BadRequest, Full, NotFound, ServerError, ShuttingDown
 from server.event_loop import busy_s
@@ -42,6 +43,8 @@ MOVE_ALL_S = 5.0
 SAMPLE_PERIOD_S = 0.25
 # Samples between two looks at the machine.
 TICK_SAMPLES = 8
+# Between two times that the memory of sessions that are over is given back to the system.
+GIVE_BACK_SAMPLES = 40
 # A session that has shown nothing of the model yet is still starting, for so long: its misses tell nothing.
 STARTING_S = 5.0
 
@@ -82,6 +85,8 @@ class SessionRegistry:
         self._ladder = self._new_ladder(context.settings.steps)
         self._meter, self._cap = HostMeter(), FrameCap(context.settings)
         self._process = psutil.Process()
+        # Whether sessions ended whose memory has not been given back yet.
+        self._over = False
         # Of sessions that are over.
         self._due_before = 0
         # Frames of each session that the ladder has been told of: due, missed, lost.
@@ -386,6 +391,7 @@ class SessionRegistry:
         self._classes.pop(session.id, None)
         self._told.pop(session.id, None)
         self._due_before += session.metrics.due
+        self._over = True
         self._stays.ended(self._context.clock() - session.metrics.offered_at)
         self._context.metrics.sessions.set(len(self._tasks))
         self._context.metrics.ended.labels(reason).inc()
@@ -475,6 +481,9 @@ class SessionRegistry:
                 self._measure(cpu_share)
                 metrics.on_tick(lag_s, self._context.engine.capacity.chunk_cost_s, cpu_share)
                 lag_s = 0.0
+            if samples % GIVE_BACK_SAMPLES == 0 and self._over:
+                self._over = False
+                await asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 def _shutting_down() -> ShuttingDown:
