@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +23,12 @@ from typing import Any
 # A script of its own: its folder, not the repository, is on the path.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import aioice.ice
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.e2e.serving import Server
-from tests.net.client import HEIGHT, WIDTH, demo_pictures, linked
+from tests.net.client import linked
+from tests.net.drilling import case_parser, run_cases
 from tests.net.link import Impairment
 
 DELAY_S = 0.02
@@ -42,6 +40,7 @@ LATE_S = 0.7
 SEAT_FREE_S = 20.0
 SUMMARY = ": summary "
 SUMMARY_FIGURES = ("due", "thinned", "camera_overwritten", "dropped", "late", "peer")
+HEAD = f"{'network':<20}shown%  late%    gap    p50    p95   back (ms)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,39 +160,10 @@ def row(found: dict[str, Any]) -> str:
     return f"{found['case']:<20}{figures}  {'MISSED: ' + '; '.join(found['missed']) if found['missed'] else ''}"
 
 
-async def drill(options: argparse.Namespace) -> int:
-    """Returns the exit status."""
-    aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: []  # loopback only
-    pictures = await asyncio.to_thread(demo_pictures)
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs", file=sys.stderr)
-    print(f"{'network':<20}shown%  late%    gap    p50    p95   back (ms)", file=sys.stderr)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            if options.only not in case.name:
-                continue
-            with Server(
-                Path(folder) / "server.log",
-                engine="fake",
-                LIVEBRUSH_MAX_FPS="24",
-                LIVEBRUSH_ENGINE__WIDTH=str(WIDTH),
-                LIVEBRUSH_ENGINE__HEIGHT=str(HEIGHT),
-            ) as server:
-                results.append(await measure(case, server, pictures, options))
-            print(row(results[-1]), file=sys.stderr, flush=True)
-    if options.json:
-        print(json.dumps({"load_average": os.getloadavg()[0], "cases": results}, indent=1))
-    return 1 if any(found["missed"] for found in results) else 0
-
-
 def main() -> int:
     """Parse the arguments and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each bad time that has no length of its own")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    return asyncio.run(drill(parser.parse_args()))
+    parser = case_parser(__doc__)
+    return asyncio.run(run_cases(CASES, measure, row, HEAD, parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -27,13 +25,12 @@ from typing import Any
 # A script of its own: its folder, not the repository, is on the path.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import aioice.ice
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.bench.drill_network import AFTER_S, BACK_SHARE, DELAY_S, LATE_S, WARM_UP_S
 from tests.e2e.serving import Server
-from tests.net.client import HEIGHT, WIDTH, demo_pictures
+from tests.net.drilling import case_parser, run_cases
 from tests.net.link import Impairment
 from tests.net.watching import STREAM, watched
 
@@ -41,6 +38,7 @@ from tests.net.watching import STREAM, watched
 GOOD_SHOWN = 0.95
 GOOD_GAP_S = 0.5
 GOOD_KEEPS = 0.6
+HEAD = f"{'network':<16}poor%    gap    p95 kbit/s | good%    gap    p95 kbit/s |   back encoded/s keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,43 +140,11 @@ def row(found: dict[str, Any]) -> str:
     return f"{figures}  {'MISSED: ' + '; '.join(found['missed']) if found['missed'] else ''}"
 
 
-async def drill(options: argparse.Namespace) -> int:
-    """Returns the exit status."""
-    aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: []  # loopback only
-    pictures = await asyncio.to_thread(demo_pictures)
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs", file=sys.stderr)
-    print(
-        f"{'network':<16}poor%    gap    p95 kbit/s | good%    gap    p95 kbit/s |   back encoded/s keys",
-        file=sys.stderr,
-    )
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            if options.only not in case.name:
-                continue
-            with Server(
-                Path(folder) / "server.log",
-                engine="fake",
-                LIVEBRUSH_MAX_FPS="24",
-                LIVEBRUSH_ENGINE__WIDTH=str(WIDTH),
-                LIVEBRUSH_ENGINE__HEIGHT=str(HEIGHT),
-            ) as server:
-                results.append(await measure(case, server, pictures, options))
-            print(row(results[-1]), file=sys.stderr, flush=True)
-    if options.json:
-        print(json.dumps({"load_average": os.getloadavg()[0], "cases": results}, indent=1))
-    return 1 if any(found["missed"] for found in results) else 0
-
-
 def main() -> int:
     """Parse the arguments and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser = case_parser(__doc__)
     parser.add_argument("--players", type=int, default=2, help="2 or more; all but one on a good network")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each bad time that has no length of its own")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    return asyncio.run(drill(parser.parse_args()))
+    return asyncio.run(run_cases(CASES, measure, row, HEAD, parser.parse_args()))
 
 
 if __name__ == "__main__":
