@@ -62,17 +62,23 @@ def cpu_seconds(group: RingGroup) -> list[float]:
 
 
 def timed(group: RingGroup, frames: torch.Tensor, chunks: int) -> Taken:
-    """Give chunks with the ring full from start to end of the count."""
+    """Give chunks with the ring full from start to end of the count.
+
+    Counting begins when everything given at first has come out: until then results pile up while more is handed in,
+    and would be counted without having been waited for.
+    """
+    held = 4 * len(STREAMS)
     sent = done = first = 0
     began, cpu, before = 0.0, cpu_seconds(group), group.stats()
-    while done < chunks + len(STREAMS):
-        while sent - done < 4 * len(STREAMS) and sent < chunks + 4 * len(STREAMS):
+    while not began or done < first + chunks:
+        while sent - done < held:
             group.submit(STREAMS[sent % len(STREAMS)], frames)
             sent += 1
         done += len(group.collect())
-        if not began and done >= len(STREAMS):
-            before = group.stats()
+        if not began and done >= held:
+            # The clock before the question, here as at the end: the ring answers when it comes to it.
             began, first, cpu = time.perf_counter(), done, cpu_seconds(group)
+            before = group.stats()
     taken = (time.perf_counter() - began) / (done - first)
     # What is still in the ring is as much as was in it when the count began.
     spent = tuple((after - before) / (done - first) for before, after in zip(cpu, cpu_seconds(group), strict=True))
