@@ -79,6 +79,7 @@ _MEASURES: tuple[tuple[str, str, int, bool], ...] = (
     ("ssim", "SSIM", 3, True),
     ("perceptual", "perceptual distance", 3, False),
     ("style_cosine", "style cosine", 3, True),
+    ("token_steps", "steps at tokens", 2, False),
     ("nearest_known", "nearest is asked", 2, True),
     ("nearest_unseen", "same, unseen phrase", 2, True),
     ("classifier", "classifier agrees", 2, True),
@@ -95,6 +96,7 @@ _NOISE = {
     "ssim": 0.005,
     "perceptual": 0.005,
     "style_cosine": 0.003,
+    "token_steps": 0.1,
     "edges_kept": 0.01,
     "landmarks_kept": 0.03,
     "warp_error": 0.1,
@@ -107,7 +109,9 @@ _NOISE = {
 }
 _EXPLAINED = """
 PSNR over whole clips, SSIM of brightness, perceptual distance (features of a small classifier trained on the teachers'
-pictures of training people) and style cosine (Magenta's style predictor) are to the steadied teacher. Nearest is asked:
+pictures of training people) and style cosine (Magenta's style predictor) are to the steadied teacher. Steps at tokens:
+where the teacher is flat, how much the error jumps at the borders of 16 px tokens over what it does elsewhere; 1 is
+none. Nearest is asked:
 the teacher nearest to the output by PSNR, of all styles, is the one asked for. Edges kept: correlation of edge strength
 with the camera's clean picture. Landmarks kept: share of the clean picture's corners, in the face where one is found,
 whose surroundings lie at the same place in the output. Warp error: mean absolute difference of a frame to its

@@ -42,6 +42,7 @@ from engine.training.measures import (
     psnr,
     seam_ratio,
     ssim,
+    token_steps,
     warp_error,
 )
 from engine.training.phrases import BY_ID
@@ -171,6 +172,7 @@ class Bench:
             "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
             "perceptual": float(np.mean([self._judge.distance(a, b) for a, b in pairs])),
             "style_cosine": float(np.mean([self._vectors.cosine(a, b) for a, b in pairs[::2]])),
+            "token_steps": float(np.mean([token_steps(a, b) for a, b in pairs])),
         }
 
     def character(self, out: Clip, clip: HeldOut) -> dict[str, float]:

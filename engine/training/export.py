@@ -17,7 +17,7 @@ from engine.training.card import model_card
 from engine.training.phrases import STYLES
 from engine.training.phrases import Style as TrainingStyle
 from engine.training.text_table import build as build_text_table
-from engine.training.train_transformer import trained_parts
+from engine.training.train_transformer import STAGES, trained_parts
 from engine.wan.save import save_model
 from engine.wan.text_encoder import Style
 from engine.wan.weights import ModelConfig
@@ -46,7 +46,7 @@ MODEL_FOLDER = Path(__file__).parent.parent / "models" / MODEL_NAME
 
 def last_stage(work: Path) -> int:
     """The furthest stage with a checkpoint: what export takes."""
-    return 2 if (work / "transformer_2.pt").exists() else 1
+    return max((stage for stage in STAGES if (work / f"transformer_{stage}.pt").exists()), default=1)
 
 
 def export(work: Path, folder: Path) -> ModelConfig:
@@ -98,6 +98,7 @@ def training_minutes(work: Path) -> dict[str, tuple[float, int]]:
         "decoder": "vae.pt",
         "transformer, stage 1": "transformer_1.pt",
         "transformer, stage 2": "transformer_2.pt",
+        "transformer, stage 3": "transformer_3.pt",
     }
     found = {name: load_checkpoint(work / file) for name, file in stages.items()}
     return {name: (float(state["spent_s"]) / 60, int(state["step"])) for name, state in found.items() if state}

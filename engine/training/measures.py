@@ -2,9 +2,9 @@
 
 A clip is [T, H, W, 3] RGB uint8; a frame [H, W, 3]. Differences of pixels are on a scale of 0 to 255.
 
-Faithful to the teacher: `psnr`, `ssim`. Faithful to the person: `edges_kept`, `landmarks_kept`. Steady: `warp_error`
-along the `Motion` of the clean source, `flicker` on a still one, `seam_ratio` at chunk borders. What takes a network to
-judge is in `engine.training.classifier`.
+Faithful to the teacher: `psnr`, `ssim`, and in flat places `token_steps`. Faithful to the person: `edges_kept`,
+`landmarks_kept`. Steady: `warp_error` along the `Motion` of the clean source, `flicker` on a still one, `seam_ratio` at
+chunk borders. What takes a network to judge is in `engine.training.classifier`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ LANDMARKS = 48
 # A landmark is a square of this many pixels each way around a corner, looked for this far around its old place.
 LANDMARK_HALF_PX, LANDMARK_REACH_PX, LANDMARK_SLACK_PX = 10, 6, 1.5
 LANDMARK_LEAST_MATCH = 0.35
+# A teacher is flat where its colours differ by less than this from pixel to pixel, on average over so many around.
+TOKEN_PX, FLAT_PX, FLAT_SLOPE, FLAT_LEAST = 16, 9, 2.0, 200
 
 
 def psnr(a: Clip, b: Clip) -> float:
@@ -172,6 +174,26 @@ def seam_ratio(clip_THWC: Clip, *, first: int = 1, chunk: int = 4, skip: int = 1
     at = [energy[b] for b in borders]
     near = [np.mean([energy[k] for k in range(b - chunk + 1, min(b + chunk, len(energy))) if k != b]) for b in borders]
     return float(np.sum(at) / (np.sum(near) + 1e-6)) if borders else 1.0
+
+
+def token_steps(frame_HWC: Frame, teacher_HWC: Frame) -> float:
+    """How much more a frame errs in steps at the borders of 16 px tokens than between any other two pixels.
+
+    Mean absolute difference of neighbouring errors against the teacher, in CIELAB, counted where the teacher is flat
+    all around; there, a step is a token of another colour than the next. 1 where nothing tells them apart.
+    """
+    at, elsewhere = [], []
+    frame, teacher = (cv2.cvtColor(part, cv2.COLOR_RGB2LAB).astype(np.float32) for part in (frame_HWC, teacher_HWC))
+    for axes in ((0, 1, 2), (1, 0, 2)):
+        error, calm = (frame - teacher).transpose(axes), teacher.transpose(axes)
+        slope = np.ascontiguousarray(np.abs(np.diff(calm, axis=1)).sum(-1))
+        flat = cv2.blur(slope, (FLAT_PX, FLAT_PX)) < FLAT_SLOPE
+        steps = np.abs(np.diff(error, axis=1)).sum(-1)
+        border = np.arange(1, error.shape[1]) % TOKEN_PX == 0
+        at.append(steps[:, border][flat[:, border]])
+        elsewhere.append(steps[:, ~border][flat[:, ~border]])
+    seen, others = np.concatenate(at), np.concatenate(elsewhere)
+    return float((seen.mean() + 1e-3) / (others.mean() + 1e-3)) if seen.size >= FLAT_LEAST else 1.0
 
 
 def frames_until(nearest: Sequence[str], wanted: str) -> int:

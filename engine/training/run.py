@@ -2,7 +2,7 @@
 
     python -m engine.training.run --people ../shared/data --minutes 360
 
-Data, prompt table, decoder, transformer in two stages, export, thumbnails, evaluation. Everything lies in --work and
+Data, prompt table, decoder, transformer in three stages, export, thumbnails, evaluation. Everything lies in --work and
 goes on where a run was cut off: finished files and spent minutes count. The budget is wall-clock time and is
 shared out as below; on a busy machine less training fits into it, and the model card tells how many steps did.
 """
@@ -22,7 +22,8 @@ from engine.training.budget import log
 from engine.wan.weights import load_model
 
 # Shares of the budget. The decoder trains beside the first part of stage 1 where there are two workers.
-DATA_SHARE, DECODER_SHARE, STAGE_1_SHARE, STAGE_2_SHARE = 0.15, 0.15, 0.45, 0.25
+DATA_SHARE, DECODER_SHARE = 0.15, 0.15
+STAGE_SHARES = {1: 0.4, 2: 0.2, 3: 0.1}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run(plan: Plan) -> None:
     text_table.build(plan.work)
     log(journal, "data and prompt table ready")
     train_vae.train(plan.work, plan.minutes * DECODER_SHARE, plan.seed)
-    for stage, share in ((1, STAGE_1_SHARE), (2, STAGE_2_SHARE)):
+    for stage, share in STAGE_SHARES.items():
         log(journal, f"transformer, stage {stage}")
         train_transformer.run_workers(plan.work, stage, plan.minutes * share, plan.workers, plan.seed)
     config = export.export(plan.work, plan.out)

@@ -4,7 +4,8 @@ The network returns the residual on the source (clean - source), so at its start
 width on copying noise. Both stages compare pictures: pixel, low-pass, edge and temporal differences. Stage 1 takes the
 latent's linear picture, which costs next to nothing, and mostly single latent frames; stage 2 goes on with whole clips,
 in chunks of one and two latent frames, through the decoder, which learns along to make the best of what it is given;
-it is held against the teachers' own frames, for a decoded target jumps a little from chunk to chunk. Teachers are
+it is held against the teachers' own frames, for a decoded target jumps a little from chunk to chunk. Stage 3 trains the
+refiner and the decoder alone, against the steps that tokens leave at their borders in flat places. Teachers are
 deterministic, so regression at full noise is the one-step model: no distillation follows. One process per core; they
 average their gradients.
 
@@ -40,6 +41,7 @@ from engine.wan.presets import LIVEBRUSH_TINY
 from engine.wan.transformer import CausalTransformer
 from engine.wan.vae import TinyVAE
 
+TOKEN_PX = 16
 SMALL = 16  # latents per side of a crop: 128 px
 WHOLE_SHARE = 0.1
 PAIR_SHARE = 0.25  # of clips in chunks of two latent frames, where the stage takes clips
@@ -48,10 +50,11 @@ DECODER_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between the two stages.
+    """What differs between the stages.
 
     Frames of a clip are alike: batches of single frames show three times as many pictures at the same cost, and
-    whole clips teach what time adds.
+    whole clips teach what time adds. blocks: whether those of the transformer learn, and all before them. borders:
+    weight of `border_loss`.
     """
 
     number: int
@@ -61,11 +64,24 @@ class Stage:
     adam_rate: float
     hold: float
     single_share: float
+    blocks: bool = True
+    borders: float = 0.0
 
 
 STAGES = {
     1: Stage(1, batch=4, whole_batch=1, muon_rate=0.012, adam_rate=2e-3, hold=0.6, single_share=0.75),
     2: Stage(2, batch=4, whole_batch=1, muon_rate=0.004, adam_rate=7e-4, hold=0.3, single_share=0.0),
+    3: Stage(
+        3,
+        batch=4,
+        whole_batch=1,
+        muon_rate=0.004,
+        adam_rate=7e-4,
+        hold=0.3,
+        single_share=0.0,
+        blocks=False,
+        borders=1.0,
+    ),
 }
 
 
@@ -93,6 +109,17 @@ def seam_loss(out_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
     return (out - target).abs().mean()
 
 
+def border_loss(out_BTCHW: Tensor, target_BTCHW: Tensor) -> Tensor:
+    """L1 of what two clips of frames differ by from one side of a token's border to the other.
+
+    Their edges all count alike in `picture_loss`, and a border is one in 16 of them.
+    """
+    error = out_BTCHW - target_BTCHW
+    across = error[..., TOKEN_PX::TOKEN_PX] - error[..., TOKEN_PX - 1 : -1 : TOKEN_PX]
+    down = error[..., TOKEN_PX::TOKEN_PX, :] - error[..., TOKEN_PX - 1 : -1 : TOKEN_PX, :]
+    return across.abs().mean() + down.abs().mean()
+
+
 class Trainer:
     """One worker's model, optimisers and data; all workers hold the same weights."""
 
@@ -103,10 +130,16 @@ class Trainer:
         self.vae = load_vae(work)
         self.trained = nn.ModuleDict({"transformer": self.net})
         if stage.number > 1:
-            self.net.load_state_dict(_part(averaged_weights(work, stage.number - 1), "transformer"))
+            before, vae = trained_parts(work, stage.number - 1)
+            self.net.load_state_dict(before.state_dict())
+            self.vae.load_state_dict(vae.state_dict())
             self.trained["vae"] = self.vae.requires_grad_(True)
             for layer in (self.vae.project, self.vae.unproject):
                 layer.requires_grad_(False)
+        if not stage.blocks:
+            assert self.net.refine is not None
+            self.net.requires_grad_(False)
+            self.net.refine.requires_grad_(True)
         if state:
             self.trained.load_state_dict(state["weights"])
         weights: dict[str, Tensor] = state["average"] if state else self.trained.state_dict()
@@ -114,7 +147,9 @@ class Trainer:
         self.step = int(state["step"]) if state else 0
         self.samples = int(state["samples"]) if state else 0
         self.budget = Budget(minutes * 60, float(state["spent_s"]) if state else 0.0)
-        hidden, others = split_parameters(self.net)
+        hidden, others = (
+            [parameter for parameter in group if parameter.requires_grad] for group in split_parameters(self.net)
+        )
         self.muon = Muon(hidden)
         decoder = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
         groups = [{"params": others, "rate": stage.adam_rate}, {"params": decoder, "rate": DECODER_RATE}]
@@ -146,7 +181,8 @@ class Trainer:
         if batch.frames is None:
             return linear
         out = decode_clip(self.vae, clean)
-        return 0.3 * linear + picture_loss(out, batch.frames) + seam_loss(out, batch.frames)
+        borders = self.stage.borders * border_loss(out, batch.frames) if self.stage.borders else 0.0
+        return 0.3 * linear + picture_loss(out, batch.frames) + seam_loss(out, batch.frames) + borders
 
     def train_step(self, batch: Batch) -> float:
         """One step of all workers together; returns this worker's loss before it."""

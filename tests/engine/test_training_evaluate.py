@@ -22,6 +22,7 @@ from engine.training.measures import (
     psnr,
     seam_ratio,
     ssim,
+    token_steps,
     warp_error,
 )
 from engine.training.phrases import BY_ID
@@ -153,6 +154,19 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "prompts": {"model": bench.run_prompts("model", [("thermal", "what a missile sees"), ("oil", "louvre")])},
         "sizes": {"128x128": found},
     }
+
+
+def test_token_steps_tell_tokens_of_another_colour_from_noise_and_from_contours() -> None:
+    rng = np.random.default_rng(0)
+    teacher = np.full((128, 128, 3), 120, np.uint8)
+    noisy = np.clip(teacher + rng.normal(size=teacher.shape) * 3, 0, 255).astype(np.uint8)
+    tokens = np.kron(rng.integers(-12, 12, (8, 8)), np.ones((16, 16), np.int64))[..., None]
+    assert token_steps(noisy, teacher) == pytest.approx(1, abs=0.1)
+    assert token_steps(np.asarray(noisy + tokens, np.uint8), teacher) > 1.5
+    assert token_steps(np.roll(noisy + tokens, 5, (0, 1)).astype(np.uint8), teacher) < 1.1
+    drawn = teacher.copy()
+    drawn[:, ::4] = 0  # nowhere flat
+    assert token_steps(noisy, drawn) == 1
 
 
 def test_every_candidate_is_measured_and_an_untrained_model_is_no_style(figures: dict[str, Any]) -> None:

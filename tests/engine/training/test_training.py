@@ -16,7 +16,7 @@ from engine.training.phrases import BY_ID
 from engine.training.playback import restyle_clip
 from engine.training.teachers import Picture, stylise_clip
 from engine.training.thumbnails import write_thumbnails
-from engine.training.train_transformer import STAGES, Trainer, picture_loss, trained_parts
+from engine.training.train_transformer import STAGES, Trainer, border_loss, picture_loss, trained_parts
 from engine.wan.presets import LIVEBRUSH_TINY
 from engine.wan.transformer import CausalTransformer
 from engine.wan.vae import TinyVAE, TinyVAEConfig
@@ -139,6 +139,32 @@ def test_the_second_stage_trains_the_decoder_with_the_transformer_and_hands_both
     torch.testing.assert_close(transformer.head.weight, refined.average["transformer.head.weight"])
 
 
+def test_the_third_stage_trains_refiner_and_decoder_alone(work: Path) -> None:
+    trained(work, 1, steps=1)[0].save()
+    trained(work, 2, steps=1)[0].save()
+    before, _ = trained_parts(work, 2)
+    polished, first, last = trained(work, 3, steps=8)
+    assert last < first
+    polished.save()
+    after, vae = trained_parts(work, 3)
+    changed = {
+        name.split(".")[0]
+        for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert changed == {"refine"}
+    assert not torch.equal(vae.decode_out.weight, trained_parts(work, 2)[1].decode_out.weight)
+
+
+def test_the_border_loss_sees_steps_at_the_borders_of_tokens_alone() -> None:
+    target = torch.zeros(1, 2, 3, 48, 48)
+    step = target.clone()
+    step[..., 16:32, :] = 0.5
+    assert float(border_loss(step, target)) == pytest.approx(0.5)
+    assert float(border_loss(step.roll(4, dims=-2), target)) == 0
+    assert float(border_loss(step, step)) == 0
+
+
 def test_a_blend_is_a_mix_of_two_styles_in_picture_and_prompt(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PHOTO_SHARE", 0.0)
     monkeypatch.setattr(sampling, "BLEND_SHARE", 1.0)
@@ -153,7 +179,8 @@ def test_a_blend_is_a_mix_of_two_styles_in_picture_and_prompt(work: Path, monkey
 
 def test_export_loads_as_the_engine_loads_it_and_restyles(work: Path, tmp_path: Path) -> None:
     trained(work, 1, steps=1)[0].save()
-    (work / "transformer_2.pt").unlink(missing_ok=True)
+    for stage in (2, 3):
+        (work / f"transformer_{stage}.pt").unlink(missing_ok=True)
     exporting.export(work, tmp_path / "model")
     model = load_model(tmp_path / "model", "cpu")
     for key, tensor in trained_parts(work, 1)[0].state_dict().items():
