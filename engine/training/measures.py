@@ -184,14 +184,13 @@ def token_steps(frame_HWC: Frame, teacher_HWC: Frame) -> float:
     """
     at, elsewhere = [], []
     frame, teacher = (cv2.cvtColor(part, cv2.COLOR_RGB2LAB).astype(np.float32) for part in (frame_HWC, teacher_HWC))
-    for axes in ((0, 1, 2), (1, 0, 2)):
-        error, calm = (frame - teacher).transpose(axes), teacher.transpose(axes)
-        slope = np.ascontiguousarray(np.abs(np.diff(calm, axis=1)).sum(-1))
-        flat = cv2.blur(slope, (FLAT_PX, FLAT_PX)) < FLAT_SLOPE
-        steps = np.abs(np.diff(error, axis=1)).sum(-1)
+    slope = sum(np.abs(np.gradient(teacher, axis=axis)).sum(-1) for axis in (0, 1))
+    flat = cv2.blur(np.asarray(slope, np.float32), (FLAT_PX, FLAT_PX)) < FLAT_SLOPE
+    for error, calm in ((frame - teacher, flat), ((frame - teacher).swapaxes(0, 1), flat.T)):
+        steps, calm = np.abs(np.diff(error, axis=1)).sum(-1), calm[:, 1:]
         border = np.arange(1, error.shape[1]) % TOKEN_PX == 0
-        at.append(steps[:, border][flat[:, border]])
-        elsewhere.append(steps[:, ~border][flat[:, ~border]])
+        at.append(steps[:, border][calm[:, border]])
+        elsewhere.append(steps[:, ~border][calm[:, ~border]])
     seen, others = np.concatenate(at), np.concatenate(elsewhere)
     return float((seen.mean() + 1e-3) / (others.mean() + 1e-3)) if seen.size >= FLAT_LEAST else 1.0
 
