@@ -16,28 +16,23 @@ import contextlib
 import ipaddress
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, hdrs, web
-from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from server.bodies import MAX_BODY_BYTES, read_any, read_body
 from server.drain import DRAIN_PATH
 from server.errors import Full, NotFound, ServerError, problem
 from server.forward import Answer, NotReached, ask, headers_for, pass_on, target
+from server.gateway_metrics import GatewayMetrics
 from server.gateway_nodes import CAPACITY, Node, Nodes
+from server.gateway_settings import GatewaySettings
 from server.guard import SESSIONS, SOCKET, SUBPROTOCOL, client_address, session_of
 from server.health import admin_application, admin_listener
 from server.limits import Connections, GuardedSite
 from server.node_name import node_of
-from server.settings import is_loopback
 from server.tls import tls_context
 
 log = logging.getLogger(__name__)
@@ -66,109 +61,6 @@ OF_THE_SOCKET = frozenset(
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class GatewaySettings(BaseModel):
-    """Everything `livebrush gateway` can be told."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    nodes: tuple[str, ...] = Field(min_length=1, description="URL, or URL=PUBLIC_URL where clients reach it elsewhere")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    admin_port: int | None = Field(default=None, ge=0, le=65535)
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token: SecretStr | None = Field(default=None, description="what nodes with tokens are asked with; view is enough")
-    trusted_proxies: tuple[str, ...] = ()
-    redirects: bool = Field(default=True, description="whether WHIP and WHEP clients may be sent to a node's own URL")
-
-    @field_validator("nodes")
-    @classmethod
-    def _are_urls(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
-        for url in (part for node in nodes for part in node.split("=")):
-            try:
-                parts = urlsplit(url)
-                named = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-            except ValueError:
-                named = False
-            if not named or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
-                raise ValueError(f"{url!r} must be of the form http://HOST:PORT")
-        urls = [node.partition("=")[0] for node in nodes]
-        if twice := [url for url in urls if urls.count(url) > 1]:
-            raise ValueError(f"{twice[0]} is named twice")
-        return nodes
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key go together: set both, or none")
-        for proxy in self.trusted_proxies:
-            try:
-                ipaddress.ip_network(proxy)
-            except ValueError as error:
-                raise ValueError(f"--trusted-proxy: {error}; write 10.0.0.5 or 10.0.0.0/24") from None
-        return self
-
-    @property
-    def is_private(self) -> bool:
-        """Whether nobody but this machine's users reaches it."""
-        return is_loopback(self.host) and not self.trusted_proxies
-
-    def make_nodes(self) -> list[Node]:
-        """The nodes, of whom nothing is known yet."""
-        pairs = [node.partition("=") for node in self.nodes]
-        return [Node(url.rstrip("/"), (public or url).rstrip("/")) for url, _, public in pairs]
-
-
-class GatewayMetrics(Collector):
-    """What is counted, and what is known of the nodes."""
-
-    def __init__(self, nodes: Nodes, clock: Callable[[], float]) -> None:
-        self._nodes = nodes
-        self._clock = clock
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "livebrush_gateway_requests",
-            "Requests by what they are about and the status that was answered",
-            ["about", "status"],
-            registry=self.registry,
-        )
-        self.passed_over = Counter(
-            "livebrush_gateway_passed_over",
-            "Nodes that a request was not answered by, and was tried on another: refused or lost",
-            ["why"],
-            registry=self.registry,
-        )
-        self.redirects = Counter(
-            "livebrush_gateway_redirects", "WHIP and WHEP requests sent to a node's own URL", registry=self.registry
-        )
-        self.refused = Counter(
-            "livebrush_gateway_connections_refused", "Connections not kept", ["reason"], registry=self.registry
-        )
-        self.faults = Counter("livebrush_gateway_faults", "Requests that failed here", registry=self.registry)
-        self.sockets = 0
-        self.registry.register(self)
-
-    def collect(self) -> Iterator[Metric]:
-        """The nodes, by their URLs."""
-        names = ["node"]
-        up = GaugeMetricFamily("livebrush_gateway_node_up", "Whether the node is used", labels=names)
-        drains = GaugeMetricFamily("livebrush_gateway_node_draining", "Whether it is being emptied", labels=names)
-        seats = GaugeMetricFamily("livebrush_gateway_node_seats", "Its seats, as last heard", labels=names)
-        taken = GaugeMetricFamily("livebrush_gateway_node_open", "Its sessions, as last heard", labels=names)
-        age = GaugeMetricFamily("livebrush_gateway_node_age_seconds", "Since its last answer", labels=names)
-        failed = CounterMetricFamily("livebrush_gateway_polls_failed", "Polls that it did not answer", labels=names)
-        for node in self._nodes.all:
-            up.add_metric([node.url], float(node.is_up))
-            failed.add_metric([node.url], node.polls_failed)
-            if node.report is not None:
-                drains.add_metric([node.url], float(node.report.draining))
-                seats.add_metric([node.url], node.report.seats)
-                taken.add_metric([node.url], node.report.open)
-                age.add_metric([node.url], self._clock() - node.answered_at)
-        yield from (up, drains, seats, taken, age, failed)
-        yield GaugeMetricFamily("livebrush_gateway_sockets", "WebSockets that go through here", value=self.sockets)
 
 
 class Gateway:

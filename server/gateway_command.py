@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from server.gateway import GatewaySettings
+    from server.gateway_settings import GatewaySettings
 
 TOKEN_VARIABLE = "LIVEBRUSH_TOKEN"
 DEFAULT_PORT = 8000
@@ -57,7 +57,7 @@ def gateway(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; 1 where it cannot, 2 for misuse."""
     from pydantic import ValidationError
 
-    from server.gateway import GatewaySettings
+    from server.gateway_settings import GatewaySettings
     from server.redaction import configure_logging
 
     try:

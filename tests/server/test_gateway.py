@@ -17,8 +17,9 @@ from aiohttp import WSMsgType, web
 from pydantic import ValidationError
 
 from server.cli import main
-from server.gateway import Gateway, GatewaySettings, about, resume_token, running_gateway, stream_of
+from server.gateway import Gateway, about, resume_token, running_gateway, stream_of
 from server.gateway_nodes import OUT_AFTER, SENT_S, Node, Nodes, Report, by_room
+from server.gateway_settings import GatewaySettings
 from server.node_name import new_resume_token, new_session_id
 
 PATIENCE_S = 30.0

@@ -16,7 +16,8 @@ import aiohttp
 import pytest
 
 from livebrush_client import Api, Ended, Live, connect
-from server.gateway import Gateway, GatewaySettings, running_gateway
+from server.gateway import Gateway, running_gateway
+from server.gateway_settings import GatewaySettings
 from tests.e2e.serving import SCRIPT, GatewayProcess, Server, has_model
 from tests.server.test_server import PATIENCE_S, MovingPicture, Visitor
 from tests.server.whip_client import Client
