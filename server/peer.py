@@ -33,6 +33,7 @@ from aiortc.sdp import candidate_from_sdp
 from server.channels import MAX_BUFFERED_BYTES, Channels, walled
 from server.codecs import accept_h264_profiles
 from server.decoding import Picture
+from server.dtls import FirstFlight, check_digests_alone
 from server.egress import DelayedAudio, OutgoingVideo
 from server.errors import BadRequest, ServerError, Unsupported
 from server.frames import CameraFrame, FrameMark, OutgoingFrame
@@ -103,6 +104,7 @@ class Peer:
         self._channels = Channels(self._counters)
         self._pictures = OutgoingVideo(self._counters)
         self._sound = DelayedAudio(lambda: self.video_delay_s, self._counters)
+        self._first_flight: FirstFlight | None = None
         self._video_sender: VideoSender | None = None
         self._candidates = 0
         self._slot: CameraFrame | None = None
@@ -222,9 +224,12 @@ class Peer:
         await self._connection.setRemoteDescription(RTCSessionDescription(self._offer.sdp, "offer"))
         transport = self._transceiver("video").receiver.transport
         self._guard.attach(transport.transport.iceGatherer)
+        check_digests_alone(transport)
         if self._offer.setup != "passive":
             # As DTLS client aiortc fails against every peer with an RSA certificate (aiortc issue 1434).
             transport._set_role("server")
+        else:
+            self._first_flight = FirstFlight(transport.transport, self._counters)
         await self._connection.setLocalDescription(await self._connection.createAnswer())
         self.answer_sdp = with_bitrate_hints(self._connection.localDescription.sdp, self._settings)
         self._deadline = time.monotonic() + self._settings.connect_timeout_s
@@ -333,6 +338,8 @@ class Peer:
         self._leave("closed_by_peer")
         if self._timer is not None:
             self._timer.cancel()
+        if self._first_flight is not None:
+            self._first_flight.stop()
         transports = [item.receiver.transport for item in self._connection.getTransceivers()]
         if self._connection.sctp is not None:
             transports.append(self._connection.sctp.transport)

@@ -17,7 +17,7 @@ from server.access import Access
 from server.bodies import MAX_BODY_BYTES, read_json
 from server.catalogue import model_name
 from server.drain import drain_routes
-from server.errors import ServerError, problem
+from server.errors import ServerError, TooManyRequests, problem
 from server.guard import Guard
 from server.health import health_routes
 from server.links import link_route
@@ -117,6 +117,9 @@ class Signalling:
         except ServerError as error:
             if request.method == "POST" and not request.path.endswith("/close"):
                 self._context.metrics.refused.labels(error.code).inc()
+                if error.status != TooManyRequests.status:
+                    # OBS shows none of it: whatever it is refused for, it speaks of a stream key.
+                    log.info("%s %s refused: %d, %s", request.method, request.path[:100], error.status, error)
             return problem(error)
         except web.HTTPException as error:
             if error.status < 400:

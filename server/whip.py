@@ -44,7 +44,7 @@ from server.session import Session
 from server.session_context import SessionContext
 from server.turn import ice_servers
 from server.viewers import Feed
-from server.whip_sdp import check_codecs, parse_fragment, ufrag_of
+from server.whip_sdp import check_codecs, nearest_first, parse_fragment, ufrag_of
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Whip(Collector):
         finally:
             stream.arriving = False
         stream.ufrag, stream.gone_at = ufrag_of(offer_sdp), None
-        return self._created(f"/whip/{name}/{session.id}", session.id, session.answered.result())
+        return self._created(request, f"/whip/{name}/{session.id}", session.id, session.answered.result())
 
     async def _make_way(self, stream: Stream) -> None:
         """Raises Conflict while somebody publishes; one who has fallen silent is ended."""
@@ -291,7 +291,7 @@ class Whip(Collector):
         viewer.task = asyncio.create_task(self._run_viewer(stream, viewer, offer_sdp), name=f"{viewer.id}/viewer")
         async with asyncio.timeout(NEGOTIATION_TIMEOUT_S + CLOSE_TIMEOUT_S):
             answer = await asyncio.shield(viewer.answered)
-        return self._created(f"/whep/{name}/{viewer.id}", viewer.id, answer)
+        return self._created(request, f"/whep/{name}/{viewer.id}", viewer.id, answer)
 
     async def _run_viewer(self, stream: Stream, viewer: Viewer, offer_sdp: str) -> None:
         """One viewer, behind a wall of its own: whatever it raises ends it and nobody else."""
@@ -334,7 +334,8 @@ class Whip(Collector):
         check_codecs(offer_sdp)
         return offer_sdp
 
-    def _created(self, url: str, session_id: str, answer: str) -> web.Response:
+    def _created(self, request: web.Request, url: str, session_id: str, answer: str) -> web.Response:
+        answer = nearest_first(answer, _reached(request))
         # RFC 9725, 4.4.2: in each bundled section.
         answer = answer.replace("a=rtcp-mux\r\n", "a=rtcp-mux\r\na=rtcp-mux-only\r\n")
         # As bytes: with a text aiohttp would add a charset, which application/sdp does not have (RFC 8866).
@@ -434,6 +435,14 @@ def _stream_name(request: web.Request) -> str:
     if not STREAM_NAME.fullmatch(name):
         raise BadRequest("a stream's name has 1 to 64 letters, digits, - and _")
     return name
+
+
+def _reached(request: web.Request) -> str:
+    """The address of this server to which the client came; "" where a proxy stands between."""
+    if request.transport is None or "X-Forwarded-For" in request.headers:
+        return ""
+    own: tuple[str, ...] = request.transport.get_extra_info("sockname") or ("",)
+    return own[0].removeprefix("::ffff:")
 
 
 def _is_ours(request: web.Request) -> bool:

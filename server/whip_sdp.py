@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
 from server.errors import BadRequest, TooLarge, Unsupported
 from server.sdp_gate import MAX_BYTES
 
+CANDIDATES = re.compile(r"(?:^a=candidate:[^\r\n]*\r\n)+", re.MULTILINE)
 CODEC = re.compile(r"^a=rtpmap:\d+ ([A-Za-z0-9.+-]+)/90000\s*$", re.MULTILINE)
 PLAYABLE = {"VP8", "H264"}
 # Not pictures by themselves.
@@ -64,3 +66,19 @@ def ufrag_of(offer_sdp: str) -> str:
     """The first ICE user name fragment of an offer; empty where there is none."""
     found = re.search(r"^a=ice-ufrag:(\S+)", offer_sdp, re.MULTILINE)
     return found[1] if found else ""
+
+
+def nearest_first(answer_sdp: str, reached: str) -> str:
+    """The answer with its candidates in the order in which this client may reach them.
+
+    Those of the address `reached` first, where it is one of this server's; loopback last unless it is that. Some
+    clients try the first and no other (FFmpeg 9).
+    """
+
+    def distance(line: str) -> int:
+        address = line.split()[4]
+        if address == reached:
+            return 0
+        return 2 if ipaddress.ip_address(address).is_loopback else 1
+
+    return CANDIDATES.sub(lambda run: "".join(sorted(run[0].splitlines(keepends=True), key=distance)), answer_sdp)

@@ -26,7 +26,7 @@ from server.errors import ServerError
 from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.viewers import MAX_PICTURES
-from server.whip_sdp import check_codecs, parse_fragment
+from server.whip_sdp import check_codecs, nearest_first, parse_fragment
 from tests.server.waiting import until
 from tests.server.whip_client import SDP, Client
 
@@ -410,6 +410,49 @@ def test_a_fragment_of_any_text_is_read_or_refused(text: str) -> None:
         assert len(parse_fragment(text).candidates) <= text.count("a=candidate:")
     except ServerError as error:
         assert error.status in (400, 413)
+
+
+def candidates(*hosts: str) -> str:
+    return "".join(f"a=candidate:{host} 1 udp 1 {host} 5000 typ host\r\n" for host in hosts)
+
+
+@pytest.mark.parametrize(
+    ("reached", "order"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "172.17.0.1", "10.0.0.5", "fd00::2"]),
+        ("10.0.0.5", ["10.0.0.5", "172.17.0.1", "fd00::2", "127.0.0.1"]),
+        ("", ["172.17.0.1", "10.0.0.5", "fd00::2", "127.0.0.1"]),
+    ],
+    ids=["loopback", "network", "proxy"],
+)
+def test_a_client_that_tries_the_first_candidate_alone_finds_this_server(reached: str, order: list[str]) -> None:
+    run = candidates("127.0.0.1", "172.17.0.1", "10.0.0.5", "fd00::2")
+    section = "m=audio 5000 X 0\r\n{}a=end-of-candidates\r\n"
+    answer = nearest_first(section.format(run) * 2, reached)
+    assert answer == section.format(candidates(*order)) * 2
+
+
+async def test_an_answer_through_a_proxy_names_loopback_last() -> None:
+    async with open_house() as house:
+        for forwarded, first in (({}, True), ({"X-Forwarded-For": "192.0.2.7"}, False)):
+            client = house.publisher()
+            headers = {"Content-Type": "application/sdp", **forwarded}
+            async with client.http.post(house.base + "/whip/live", data=await client.offer(), headers=headers) as made:
+                assert made.status == 201
+                run = [line.split()[4] for line in (await made.text()).splitlines() if line.startswith("a=candidate:")]
+                assert (run[0] == "127.0.0.1") == (first or set(run) == {"127.0.0.1"})
+            await client.http.delete(house.base + made.headers["Location"])
+
+
+async def test_a_refusal_is_logged_for_who_runs_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_house() as house:
+        client = house.publisher()
+        with caplog.at_level("INFO", "server.signalling"):
+            response = await client.enter(
+                "/whip/live", lambda offer: offer.replace("VP8", "H265").replace("H264", "AV1")
+            )
+        assert response.status == 422
+    assert [record.getMessage() for record in caplog.records if "POST /whip/live refused: 422" in record.getMessage()]
 
 
 def test_a_refused_codec_is_named_with_the_cure() -> None:
