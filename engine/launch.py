@@ -10,12 +10,13 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from engine.config import EngineSettings
 from engine.frame_memory import FrameMemory
 from engine.messages import MAX_LINE_BYTES, FromRank, ToRank, decode_from_rank, encode
+from engine.ring_start import Place
 
 STOP_TIMEOUT_S = 3.0
 
@@ -55,6 +56,19 @@ class Rank(Protocol):
         ...
 
 
+async def start_process(
+    module: str, arguments: Sequence[str], threads: int, fds: Sequence[int]
+) -> asyncio.subprocess.Process:
+    """Start a module of ours as a rank's process, which inherits file descriptors. Raises OSError."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", module, *arguments),
+        pass_fds=tuple(fds),
+        env=os.environ | RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)},
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 Launcher = Callable[[EngineSettings, FrameMemory], Awaitable[Rank]]
 """Starts a rank over a frame memory; it reports its progress as `Status` messages. Raises OSError if it cannot."""
 
@@ -74,20 +88,23 @@ class RankProcess:
         self.writer = writer
 
     @classmethod
-    async def start(cls, settings: EngineSettings, memory: FrameMemory) -> RankProcess:
-        """Start the rank; it reports its progress as `Status` messages. Raises OSError if it cannot be started."""
+    async def start(
+        cls, settings: EngineSettings, memory: FrameMemory, place: Place | None = None, others: Sequence[int] = ()
+    ) -> RankProcess:
+        """Start the rank; it reports its progress as `Status` messages.
+
+        place: of rank 0 of a ring whose other ranks were started elsewhere; others: file descriptors of the connections
+        to them, that of rank 1 first. Left out, rank 0 starts them.
+
+        Raises: OSError if it cannot be started.
+        """
         ours, theirs = socket.socketpair()
-        env = os.environ | RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)}
-        command = [sys.executable, "-P", "-m", "engine.ring_start" if settings.rank_count > 1 else "engine.worker"]
-        command += [str(theirs.fileno()), str(memory.fd), settings.model_dump_json()]
+        arguments = [str(theirs.fileno()), str(memory.fd), settings.model_dump_json()]
+        if place is not None:
+            arguments += ["lead", place.text, *map(str, others)]
+        module = "engine.ring_start" if settings.rank_count > 1 else "engine.worker"
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                pass_fds=(theirs.fileno(), memory.fd),
-                env=env,
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            process = await start_process(module, arguments, settings.threads, (theirs.fileno(), memory.fd, *others))
         except OSError:
             ours.close()
             raise

@@ -1,9 +1,10 @@
 """Groups on the nodes of a Ray cluster, behind the same `Cluster` and `LocalEngine` as on one machine.
 
 Ray decides where a group goes and says when there is room; it carries no frames. Each start of a group asks for a
-placement group of what it needs (which is also what Ray's autoscaler looks at), puts one `GroupActor` into it, and
-connects to the `engine.remote_rank.RankHost` there. A rank, an actor or a node that dies closes that connection: from
-then on it is a lost rank like any other, and the next start is placed wherever there is room by then.
+placement group of what its ranks need (which is also what Ray's autoscaler looks at), puts a `RankActor` into it for
+each, and connects to the `engine.remote_rank.RankHost` of rank 0. The ranks of a ring lie on one node where that has
+room for them, else on several. A rank, an actor or a node that dies ends the whole group and closes that connection:
+from then on it is a lost rank like any other, and the next start is placed wherever there is room by then.
 
 One detached actor, the `Controller`, knows the groups of all servers, for `livebrush cluster status`, and the nodes
 that nothing more shall be placed on. Ray starts it again wherever it can; what it forgot the servers tell it.
@@ -18,10 +19,9 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
-import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,8 @@ from engine.client import LocalEngine
 from engine.cluster import Cluster
 from engine.config import EngineSettings
 from engine.frame_memory import FrameMemory
-from engine.remote_rank import RankHost, RemoteRank
+from engine.remote_rank import RankHost, RemoteRank, interface_of, start_follower
+from engine.ring_start import Place, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ NAMESPACE = "livebrush"
 CONTROLLER = "controller"
 # The least that Ray takes. Frames do not go through its store.
 STORE_BYTES = 80_000_000
+JOIN_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 15.0
 ACTOR_TIMEOUT_S = 60.0
 REPORT_PERIOD_S = 2.0
@@ -49,6 +51,8 @@ FORGET_S = 10.0
 def import_ray() -> Any:
     """The module. Raises OSError where it is not installed. Usage statistics are off unless asked for."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its core would put a handler of its own over that of SIGTERM, which prints stack traces and ends the process.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -121,17 +125,42 @@ class Controller:
         return [group | {"server": name} for name, report in self._reports.items() for group in report.groups]
 
 
-class GroupActor:
-    """Holds a group on its node (an actor): the rank processes are its children, and end when the server goes."""
+@dataclass(frozen=True)
+class Home:
+    """Where an actor is. node: its id. precision: the dtype that `auto` stands for there."""
 
-    async def open(self, settings: str) -> tuple[str, str, int, str]:
-        """Be ready to start a group; returns node id, address, port and secret. Raises ValueError, OSError."""
+    node: str
+    address: str
+    precision: str
+
+
+class RankActor:
+    """Holds a rank on its node (an actor): the rank's process is its child, and ends when the server goes."""
+
+    async def look(self, settings: str) -> Home:
+        """Where this is. Raises FileNotFoundError where the node lacks the model, ValueError."""
+        # Ray itself looks once a second whether the node's raylet, which has started this process, is still there.
+        end_with_parent()
         ray = import_ray()
-        chosen = EngineSettings.model_validate_json(settings)
-        _ = chosen.model_dir  # raises FileNotFoundError where the node lacks the model
-        self._host = RankHost(chosen)
-        address = ray.util.get_node_ip_address()
-        return ray.get_runtime_context().get_node_id(), address, *await self._host.open(address)
+        self._settings = EngineSettings.model_validate_json(settings)
+        _ = self._settings.model_dir
+        self._address = ray.util.get_node_ip_address()
+        return Home(ray.get_runtime_context().get_node_id(), self._address, self._settings.precision)
+
+    async def lead(self, precision: str, sharing: int) -> tuple[int, str]:
+        """Be ready to start rank 0; returns port and secret of its host. sharing: see `Place`. Raises OSError."""
+        settings = self._settings.model_copy(update={"dtype": precision})
+        place = self._place(self._address, sharing) if settings.rank_count > 1 else None
+        self._host = RankHost(settings, place)
+        return await self._host.open(self._address)
+
+    async def follow(self, rank: int, precision: str, sharing: int, host: str, port: int, secret: str) -> None:
+        """Start another rank than the first, whose host is at host:port. Raises OSError."""
+        settings = self._settings.model_copy(update={"dtype": precision})
+        self._process = await start_follower(settings, rank, self._place(host, sharing), port, secret)
+
+    def _place(self, host: str, sharing: int) -> Place:
+        return Place(host, interface_of(self._address), sharing, apart=True)
 
 
 def controller(ray: Any) -> Any:
@@ -150,7 +179,8 @@ class RayCluster(Cluster):
         self._joining: asyncio.Task[Any] | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._releases: set[asyncio.Task[None]] = set()
-        self._ranks: dict[int, tuple[str, RemoteRank]] = {}
+        # Of each group: the nodes it is on, and rank 0.
+        self._ranks: dict[int, tuple[frozenset[str], RemoteRank]] = {}
         self._life = ""
         self._drained: list[str] = []
         super().__init__([LocalEngine(one, partial(self._launch, number)) for number, one in enumerate(groups)])
@@ -167,8 +197,10 @@ class RayCluster(Cluster):
         if self._joining is None or self._reporting is None:
             return
         self._reporting.cancel()
+        if not self._joining.done():
+            self._joining.cancel()
         await asyncio.gather(self._reporting, *self._releases, return_exceptions=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             ray = await self._joining
             await asyncio.to_thread(ray.shutdown)
         self._joining = None
@@ -178,58 +210,64 @@ class RayCluster(Cluster):
     async def _launch(self, number: int, settings: EngineSettings, memory: FrameMemory) -> RemoteRank:
         """Place a group and connect to it (`engine.launch.Launcher`). Raises OSError."""
         assert self._joining is not None
-        ray = await asyncio.shield(self._joining)
+        try:
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                ray = await asyncio.shield(self._joining)
+        except TimeoutError:
+            raise TimeoutError(
+                f"no answer from the Ray cluster at {self._address} in {JOIN_TIMEOUT_S:.0f} s: does its head listen on"
+                " the address that it is known by? (livebrush cluster up --host)"
+            ) from None
         on_gpu = settings.device != "cpu"
         # Ray shows an actor the GPUs that are its own, counted from 0.
         settings = settings.model_copy(update={"device": "cuda:0" if on_gpu else "cpu"})
-        count = settings.rank_count if on_gpu else settings.rank_count * settings.threads
-        need = {"GPU" if on_gpu else "CPU": count}
-        place = await asyncio.to_thread(self._ask, ray, need, f"{self._name}/group-{number}")
-        actor = None
+        kind, count = ("GPU", 1) if on_gpu else ("CPU", settings.threads)
+        place = await asyncio.to_thread(self._ask, ray, [{kind: count}] * settings.rank_count, number)
+        actors: list[Any] = []
         try:
-            await self._room(place, number, need, settings.start_timeout_s)
-            strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(place, 0)
-            options = {"num_gpus" if on_gpu else "num_cpus": count, "scheduling_strategy": strategy}
-            actor = ray.remote(GroupActor).options(**options).remote()
-            answer = await asyncio.to_thread(
-                ray.get, actor.open.remote(settings.model_dump_json()), timeout=ACTOR_TIMEOUT_S
-            )
-            node, address, port, secret = answer
-            release = partial(self._release, ray, place, actor)
-            rank = await RemoteRank.connect(address, port, secret, memory, on_stop=release)
+            await self._room(place, number, settings.rank_count, f"{count} {kind}", settings.start_timeout_s)
+            for bundle in range(settings.rank_count):
+                strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(place, bundle)
+                options = {"num_gpus" if on_gpu else "num_cpus": count, "scheduling_strategy": strategy}
+                actors.append(ray.remote(RankActor).options(**options).remote())
+            homes, (port, secret) = await asyncio.to_thread(_begin, ray, actors, settings)
+            release = partial(self._release, ray, place, actors)
+            rank = await RemoteRank.connect(homes[0].address, port, secret, memory, on_stop=release)
         except BaseException as error:
-            self._release(ray, place, actor)
+            self._release(ray, place, actors)
             if isinstance(error, ray.exceptions.RayError):
-                raise OSError(f"group {number}: {error}") from error
+                raise OSError(f"group {number}: {getattr(error, 'cause', None) or error}") from error
             raise
-        log.info("group %d is on node %s (%s)", number, node[:12], address)
-        self._ranks[number] = (node, rank)
+        places = (f"rank {rank} on {home.node[:12]} ({home.address})" for rank, home in enumerate(homes))
+        log.info("group %d: %s", number, ", ".join(places))
+        self._ranks[number] = (frozenset(home.node for home in homes), rank)
         return rank
 
-    def _ask(self, ray: Any, need: dict[str, int], name: str) -> Any:
-        """A placement group. On another node than those that are drained."""
-        avoid = [{"ray.io/node-id": f"!in({','.join(self._drained)})"}] if self._drained else None
-        return ray.util.placement_group([need], strategy="STRICT_PACK", name=name, bundle_label_selector=avoid)
+    def _ask(self, ray: Any, needs: list[dict[str, int]], number: int) -> Any:
+        """A placement group, on as few nodes as there is room, and none of those that are drained."""
+        avoid = [{"ray.io/node-id": f"!in({','.join(self._drained)})"}] * len(needs) if self._drained else None
+        name = f"{self._name}/group-{number}"
+        return ray.util.placement_group(needs, strategy="PACK", name=name, bundle_label_selector=avoid)
 
-    async def _room(self, place: Any, number: int, need: dict[str, int], timeout_s: float) -> None:
-        """Wait until a node has room. Raises TimeoutError."""
-        wanted = " and ".join(f"{count} {kind}" for kind, count in need.items())
+    async def _room(self, place: Any, number: int, ranks: int, need: str, timeout_s: float) -> None:
+        """Wait until the nodes have room. Raises TimeoutError."""
+        wanted = need if ranks == 1 else f"{ranks} x {need}"
         for second in range(int(timeout_s)):
             if await asyncio.to_thread(place.wait, 1):
                 return
             if second == 0:
-                log.warning("group %d waits for a node with %s free", number, wanted)
+                log.warning("group %d waits until nodes have %s free", number, wanted)
         raise TimeoutError(
-            f"no node of the Ray cluster had {wanted} free in {timeout_s:.0f} s: add one (livebrush cluster up"
+            f"no nodes of the Ray cluster had {wanted} free in {timeout_s:.0f} s: add one (livebrush cluster up"
             " --join), or use fewer --ranks or --replicas"
         )
 
-    def _release(self, ray: Any, place: Any, actor: Any) -> None:
+    def _release(self, ray: Any, place: Any, actors: Sequence[Any]) -> None:
         """Give back what a group had, beside everything else: nobody waits for a dead node."""
 
         def release() -> None:
-            with contextlib.suppress(Exception):
-                if actor is not None:
+            for actor in actors:
+                with contextlib.suppress(Exception):
                     ray.kill(actor)
             with contextlib.suppress(Exception):
                 ray.util.remove_placement_group(place)
@@ -263,11 +301,12 @@ class RayCluster(Cluster):
         groups = [
             {
                 "group": number,
-                "node": self._ranks[number][0] if number in self._ranks else "",
+                "node": node,
                 "state": str(group.status.state),
                 "streams": group.capacity.open_streams,
             }
             for number, group in enumerate(self.groups)
+            for node in sorted(self._ranks[number][0] if number in self._ranks else [""])
         ]
 
         def report() -> Any:
@@ -275,13 +314,33 @@ class RayCluster(Cluster):
             return ray.get(call, timeout=CALL_TIMEOUT_S)
 
         self._life, self._drained = await asyncio.to_thread(report)
-        for node, rank in list(self._ranks.values()):
-            if node in self._drained:
+        for nodes, rank in list(self._ranks.values()):
+            if not nodes.isdisjoint(self._drained):
                 rank.leave("its node is drained")
 
 
-def _take_signals_back() -> None:
-    """Have Ctrl-C and SIGTERM do what they did before: Ray's core puts a handler of its own over them as it starts."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.getsignal(number))
+def _begin(ray: Any, actors: list[Any], settings: EngineSettings) -> tuple[list[Home], tuple[int, str]]:
+    """Have actors start the ranks of one group; returns their homes, rank 0's first, and port and secret of its host.
+
+    Which actor has which rank is settled here, `actors` is brought into that order. Raises RayError.
+    """
+
+    def answers(calls: list[Any]) -> list[Any]:
+        found: list[Any] = ray.get(calls, timeout=ACTOR_TIMEOUT_S)
+        return found
+
+    text = settings.model_dump_json()
+    found = zip(answers([actor.look.remote(text) for actor in actors]), actors, strict=True)
+    # Neighbours in the ring on one node, where there are several to a node.
+    ordered = sorted(found, key=lambda pair: pair[0].node)
+    homes, actors[:] = [home for home, _ in ordered], [actor for _, actor in ordered]
+    # What `auto` stands for may differ from node to node, and the ranks must agree.
+    precision = "float32" if any(home.precision == "float32" for home in homes) else "bfloat16"
+    sharing = Counter(home.node for home in homes)
+    (host,) = answers([actors[0].lead.remote(precision, sharing[homes[0].node])])
+    begun = [
+        actor.follow.remote(rank, precision, sharing[home.node], homes[0].address, *host)
+        for rank, (home, actor) in enumerate(ordered[1:], start=1)
+    ]
+    answers(begun)
+    return homes, host

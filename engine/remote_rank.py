@@ -1,6 +1,7 @@
 """A rank on another machine: the messages of `engine.messages` over one TCP connection, frames right behind them.
 
     server: RemoteRank ──TCP──▶ node: RankHost ──socket, frame memory──▶ rank process (engine.worker, ring_start)
+                                another node: start_follower ──TCP──▶ ▲  a further rank of the same ring
 
 Both ends hold a `FrameMemory` of the same layout. A `Submit` is followed by the camera frames of its slot, a `Done` by
 the restyled ones, as they lie in memory. Uncompressed, a stream of 256x256 at 24 frames/s is 4.7 MB/s each way; nothing
@@ -9,6 +10,9 @@ has to be encoded for it, and a frame waits for no other connection.
 Clocks of two machines differ. Instants travel as seconds from the moment of sending, so what they lose is the way over
 the network, half a round trip. Whoever connects first names a secret that the host was started with; what goes over
 the wire is not encrypted: both belong on one private network, as Ray does.
+
+The ranks of a ring over several machines are started one by one. Each after the first connects to rank 0's host, which
+hands the connection to rank 0's process: it tells where the ranks meet, and its end is the end of the other side.
 """
 
 from __future__ import annotations
@@ -17,16 +21,19 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import psutil
+
 from engine.api import Frames
 from engine.config import EngineSettings
 from engine.frame_memory import FrameLayout, FrameMemory
-from engine.launch import RankProcess
+from engine.launch import RankProcess, start_process
 from engine.messages import (
     MAX_LINE_BYTES,
     Done,
@@ -37,6 +44,7 @@ from engine.messages import (
     decode_to_rank,
     encode,
 )
+from engine.ring_start import Place
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +87,7 @@ class RemoteRank:
         """
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
-        _notice_silence(writer)
+        _notice_silence(writer.get_extra_info("socket"))
         writer.write(secret.encode() + b"\n")
         return cls(reader, writer, memory, on_stop)
 
@@ -122,15 +130,21 @@ class RemoteRank:
 class RankHost:
     """One rank on this machine for one server elsewhere. Frames and rank are gone with the server's connection."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, place: Place | None = None) -> None:
+        """place: of rank 0 of a ring whose other ranks connect here before the server does, see `start_follower`."""
         self._settings = settings
+        self._place = place
+        # File descriptors of the connections to the other ranks.
+        self._others: dict[int, int] = {}
+        self._missing = set(range(1, settings.rank_count)) if place else set()
+        self._all_there = asyncio.Event()
         self._secret = secrets.token_hex(32)
         self._taken = False
         self._ended = asyncio.Event()
         self._server: asyncio.Server | None = None
 
     async def open(self, address: str) -> tuple[int, str]:
-        """Listen on an address of this machine; returns the port, and the secret that a server must send first.
+        """Listen on an address of this machine; returns the port, and the secret that others must send first.
 
         Raises: OSError.
         """
@@ -151,16 +165,33 @@ class RankHost:
                 line = await reader.readline()
         except (TimeoutError, ConnectionError, ValueError):
             line = b""
-        if self._taken or not hmac.compare_digest(line.strip(), self._secret.encode()):
+        secret, _, rank = line.strip().partition(b" ")
+        known = hmac.compare_digest(secret, self._secret.encode())
+        if known and rank:
+            self._take_in(rank, writer)
+        if not known or rank or self._taken:
             await _close(writer)
             return
         self._taken = True
-        assert self._server is not None
-        self._server.close()
-        _notice_silence(writer)
+        _notice_silence(writer.get_extra_info("socket"))
+        await self._serve_server(reader, writer)
+
+    def _take_in(self, rank: bytes, writer: asyncio.StreamWriter) -> None:
+        """Keep the connection of another rank for rank 0's process."""
+        number = int(rank) if rank.isdigit() else 0
+        if number not in self._missing:
+            return
+        connection: socket.socket = writer.get_extra_info("socket")
+        _notice_silence(connection)
+        self._others[number] = os.dup(connection.fileno())
+        self._missing.discard(number)
+        if not self._missing:
+            self._all_there.set()
+
+    async def _serve_server(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         memory = FrameMemory.create(FrameLayout.of(self._settings))
         try:
-            rank = await RankProcess.start(self._settings, memory)
+            rank = await self._start(memory)
             frames = _Frames(memory)
             ways = [
                 asyncio.create_task(_to_rank(reader, rank, frames)),
@@ -181,6 +212,53 @@ class RankHost:
             await _close(writer)
             memory.close()
             self._ended.set()
+
+    async def _start(self, memory: FrameMemory) -> RankProcess:
+        """Start the rank, once those that it needs are there. Raises OSError."""
+        assert self._server is not None
+        try:
+            if self._missing:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await self._all_there.wait()
+            others = [fd for _, fd in sorted(self._others.items())]
+            return await RankProcess.start(self._settings, memory, self._place, others)
+        except TimeoutError:
+            missing = ", ".join(map(str, sorted(self._missing)))
+            raise TimeoutError(f"rank {missing} did not connect in {CONNECT_TIMEOUT_S:.0f} s") from None
+        finally:
+            self._server.close()
+            # The rank's process has its own.
+            for fd in self._others.values():
+                os.close(fd)
+            self._others.clear()
+
+
+async def start_follower(
+    settings: EngineSettings, rank: int, place: Place, port: int, secret: str
+) -> asyncio.subprocess.Process:
+    """Start a rank after the first on this machine. It ends with rank 0, and on Linux with this process.
+
+    port, secret: of the `RankHost` of rank 0, at place.host. Raises: OSError.
+    """
+    try:
+        connection = await asyncio.to_thread(socket.create_connection, (place.host, port), CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise ConnectionError(
+            f"rank {rank} cannot reach rank 0 at {place.host}: {error}; nodes must reach each other at all ports"
+        ) from error
+    with connection:
+        _notice_silence(connection)
+        connection.sendall(f"{secret} {rank}\n".encode())
+        arguments = [str(connection.fileno()), str(rank), settings.model_dump_json(), "follow", place.text]
+        return await start_process("engine.ring_start", arguments, settings.threads, [connection.fileno()])
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this machine that has an address. Raises OSError."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return str(name)
+    raise OSError(f"no network interface of this machine has the address {address} that it is known by in the cluster")
 
 
 async def _to_rank(reader: asyncio.StreamReader, rank: RankProcess, frames: _Frames) -> None:
@@ -229,9 +307,8 @@ def _from_now(message: Message, now: float) -> Message:
     return cast(Message, message.model_copy(update=instants))
 
 
-def _notice_silence(writer: asyncio.StreamWriter) -> None:
+def _notice_silence(connection: socket.socket) -> None:
     """Have the kernel ask a silent peer, and end the connection when it does not answer for SILENCE_S."""
-    connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", 1),

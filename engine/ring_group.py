@@ -13,21 +13,20 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, RankLost, StreamParams
 from engine.ring import RingHead
 from engine.ring_flow import Done
-from engine.ring_rank import PEER_GONE, Events, Loader, RingSpec, follow, make_head, run_rank
+from engine.ring_rank import Events, Loader, RingSpec, follow, make_head, run_rank
+from engine.ring_start import LOOPBACK, PEER_GONE
 from engine.session import NoiseSource
-from engine.transport import HOST, Inbox, PeerGone, Traffic
+from engine.transport import Inbox, PeerGone, Traffic, open_store
 
 BLAME_S = 0.5
 STOP_TIMEOUT_S = 10.0
@@ -86,8 +85,7 @@ class RingGroup:
         self._answer: tuple[str, Any] | None = None
         self._failure: EngineError | None = None
         # Hosted here, so that no rank is needed for the others to meet.
-        limit = timedelta(seconds=start_timeout_s)
-        self._store = TCPStore(HOST, 0, None, True, timeout=limit, wait_for_workers=False)
+        self._store = open_store(LOOPBACK, timeout_s=start_timeout_s)
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._pipe: Connection = ours
         self._ranks = [

@@ -1,12 +1,9 @@
 """What a rank's process does in a ring: it meets the others, opens its wires, and follows rank 0 or is it."""
 
-import ctypes
 import itertools
 import math
 import os
 import queue
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -23,13 +20,11 @@ from engine.pipeline import Mode
 from engine.ring import RingHead
 from engine.ring_orders import Layout
 from engine.ring_stage import Stage, StagePool, serve
-from engine.transport import Inbox, Message, Outbox, PeerGone, WireShape, meet, open_wire
+from engine.ring_start import PEER_GONE, end_with_parent
+from engine.transport import HOST, Inbox, Message, Outbox, PeerGone, WireShape, meet, open_wire
 from engine.wan.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from engine.wan.weights import Model
 
-# A rank that ends because another one did: the other is to blame.
-PEER_GONE = 3
-PR_SET_PDEATHSIG = 1
 Loader = Callable[[int], Model]
 Room = Callable[[], float]
 """Bytes that a rank has for what units keep of streams."""
@@ -76,12 +71,6 @@ def unlimited() -> float:
     return math.inf
 
 
-def end_with_parent() -> None:
-    """On Linux the kernel ends this process with its parent, even while it is stopped; elsewhere its wires break."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run_rank(rank: int, work: Callable[[], None], *, threads: int, lost: Callable[[str], None]) -> NoReturn:
     """A rank's process: do `work`, and end without Python's own end, for torch's groups may hold threads that wait for
     ever. lost: told why it was not done."""
@@ -102,13 +91,23 @@ def run_rank(rank: int, work: Callable[[], None], *, threads: int, lost: Callabl
         os._exit(code)
 
 
-def follow(load: Loader, spec: RingSpec, rank: int, port: int, room: Room = unlimited) -> None:
+def follow(
+    load: Loader,
+    spec: RingSpec,
+    rank: int,
+    port: int,
+    room: Room = unlimited,
+    *,
+    host: str = HOST,
+    interface: str = "lo",
+) -> None:
     """Be a rank after the first, until rank 0 says stop.
 
-    port: of the store where the ranks meet. room: asked for once the model is loaded. Raises PeerGone.
+    port, host, interface: where the ranks meet, see `engine.transport.meet`. room: asked for once the model is loaded.
+    Raises PeerGone.
     """
     model = load(rank)
-    meet(rank, spec.ranks, port)
+    meet(rank, spec.ranks, port, host=host, interface=interface)
     shapes = _shapes(model, spec, rooms_of(spec, rank, room))
     forward, back = (open_wire(shape) for shape in shapes.wires)
     moving = dist.new_group(backend="gloo")
@@ -123,14 +122,14 @@ def follow(load: Loader, spec: RingSpec, rank: int, port: int, room: Room = unli
 
 
 def make_head(
-    model: Model, spec: RingSpec, port: int, room: Room = unlimited
+    model: Model, spec: RingSpec, port: int, room: Room = unlimited, *, host: str = HOST, interface: str = "lo"
 ) -> "tuple[RingHead, list[tuple[str, Inbox]]]":
     """Rank 0 of a ring, met with the others, and its wires, see `Events`.
 
     Raises: ValueError for wrong bounds, and where the ranks have no room for what units keep of streams.
     """
     if spec.ranks > 1:
-        meet(0, spec.ranks, port)
+        meet(0, spec.ranks, port, host=host, interface=interface)
     capacity_bytes = rooms_of(spec, 0, room)
     shapes = _shapes(model, spec, capacity_bytes)
     options: dict[str, Any] = {

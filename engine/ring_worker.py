@@ -19,15 +19,12 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from multiprocessing.connection import Connection as PipeConnection
 from multiprocessing.connection import wait
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import TCPStore
 
 from engine.api import EngineError, EngineState, Frames, StreamParams
 from engine.config import CacheConfig, EngineSettings, SamplingConfig, ServingProfile
@@ -40,10 +37,10 @@ from engine.messages import Open, Status, StreamFailed, Submit, ToRank
 from engine.ring import RingHead
 from engine.ring_flow import Done
 from engine.ring_pace import WINDOW_PASSES
-from engine.ring_rank import PEER_GONE, Events, RingSpec, follow, make_head, run_rank
-from engine.ring_start import Follower
+from engine.ring_rank import Events, RingSpec, follow, make_head, run_rank
+from engine.ring_start import PEER_GONE, Follower, Place
 from engine.scheduler import Item, Scheduler
-from engine.transport import HOST, Message, PeerGone
+from engine.transport import Message, PeerGone, open_store
 from engine.wan.checkpoints import Progress
 from engine.wan.weights import Model, load_model
 from engine.warm_up import WARM_UP_CHUNKS, WARM_UP_PROMPT, Passes
@@ -72,9 +69,11 @@ TRANSIT_SMOOTHING = 0.2
 
 @dataclass(frozen=True)
 class RankLoader:
-    """Loads the model in a rank's process; what settings say about sampling and cache is then the model's own."""
+    """Loads the model in a rank's process; what settings say about sampling and cache is then the model's own. apart:
+    see `Place`."""
 
     settings: EngineSettings
+    apart: bool = False
 
     def __call__(self, rank: int) -> Model:
         """See `engine.ring_rank.Loader`. Only rank 0 keeps a text encoder."""
@@ -85,7 +84,7 @@ class RankLoader:
     def load(self, rank: int, progress: Progress) -> Model:
         """Load for a rank. Raises as `load_model`."""
         settings = self.settings
-        device = rank_device(settings, rank)
+        device = rank_device(settings, rank, apart=self.apart)
         model = load_model(
             settings.model_dir,
             device,
@@ -104,17 +103,17 @@ class RankLoader:
         return replace(model, config=config.model_copy(update=update))
 
 
-def rank_device(settings: EngineSettings, rank: int) -> torch.device:
-    """Where a rank lives: the CPU for all, or the GPUs from the one named on."""
+def rank_device(settings: EngineSettings, rank: int, *, apart: bool = False) -> torch.device:
+    """Where a rank lives: the CPU for all, or the GPUs from the one named on. apart: see `Place`."""
     device = torch.device(settings.device)
-    return device if device.index is None else torch.device(device.type, device.index + rank)
+    return device if device.index is None or apart else torch.device(device.type, device.index + rank)
 
 
-def room_of(settings: EngineSettings, rank: int) -> float:
+def room_of(settings: EngineSettings, rank: int, place: Place) -> float:
     """Bytes that a rank has for what units keep of streams, now that its weights are loaded. Ranks on a CPU share one
     memory, and take no heed of each other's part of it."""
-    device = rank_device(settings, rank)
-    sharing = settings.rank_count if device.type == "cpu" else 1
+    device = rank_device(settings, rank, apart=place.apart)
+    sharing = place.sharing if device.type == "cpu" else 1
     free = free_bytes(device)
     return max(0, free // sharing - plan_of(settings, free).beside_bytes)
 
@@ -133,51 +132,68 @@ def spec_of(settings: EngineSettings) -> RingSpec:
     )
 
 
-def follow_worker(settings: EngineSettings, rank: int, pipe: PipeConnection) -> None:
-    """Be a rank after the first, as soon as rank 0 says where to meet. Ends the process."""
+def follow_worker(settings: EngineSettings, rank: int, place: Place, wait_for_port: Callable[[], int]) -> None:
+    """Be a rank after the first, as soon as rank 0 says where to meet. Ends the process.
+
+    wait_for_port: returns what rank 0 says, or raises EOFError or OSError when that has ended.
+    """
 
     def work() -> None:
         try:
-            port = pipe.recv()
-        except EOFError:
+            port = wait_for_port()
+        except (EOFError, OSError):
             raise PeerGone("rank 0 ended before it said where to meet") from None
-        follow(RankLoader(settings), spec_of(settings), rank, port, lambda: room_of(settings, rank))
+        load, room = RankLoader(settings, place.apart), lambda: room_of(settings, rank, place)
+        follow(load, spec_of(settings), rank, port, room, host=place.host, interface=place.interface)
 
     run_rank(rank, work, threads=settings.threads, lost=lambda why: log.debug("rank %d ends: %s", rank, why))
 
 
 class RingWorker(Worker):
-    """Holds the first rank, the streams, and the processes of the other ranks."""
+    """Holds the first rank, the streams, and the other ranks."""
 
     _pipeline: RingHead
 
     def __init__(
-        self, connection: Connection, memory: FrameMemory, settings: EngineSettings, followers: Sequence[Follower]
+        self,
+        connection: Connection,
+        memory: FrameMemory,
+        settings: EngineSettings,
+        followers: Sequence[Follower],
+        place: Place,
     ) -> None:
-        """followers: the other ranks, which wait to be told where to meet."""
+        """followers: the other ranks, which wait to be told where to meet. place: of this one."""
         super().__init__(connection, memory, settings)
         self._followers = tuple(followers)
+        self._place = place
         self._events: Events
 
     def load(self) -> None:
         """See `Worker.load`. Raises also PeerGone when a rank ends or does not come."""
-        settings, profile = self._settings, self._settings.profile
+        settings, profile, place = self._settings, self._settings.profile, self._place
         self._tell(EngineState.LOADING, 1, f"loading {settings.model} on {settings.rank_count} ranks")
         device = rank_device(settings, 0)
         plan = check_fits(settings, device)
         if device.type == "cpu":
-            # All of them hold all weights, in one memory.
-            check(plan, free_bytes(device) // settings.rank_count)
+            # All of them hold all weights, those of one machine in one memory.
+            check(plan, free_bytes(device) // place.sharing)
         self._recall(device, plan)
-        store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=WARM_UP_HANG_S), wait_for_workers=False)
+        store = open_store(place.host, timeout_s=WARM_UP_HANG_S)
         threading.Thread(target=self._watch, daemon=True).start()
         for follower in self._followers:
             with contextlib.suppress(OSError):  # one that has ended: `_watch` sees to it
-                follower.pipe.send(store.port)
-        loader = RankLoader(settings)
+                follower.tell(store.port)
+        loader = RankLoader(settings, place.apart)
         model = loader.load(0, lambda share, what: self._tell(EngineState.LOADING, 1 + round(49 * share), what))
         try:
-            self._pipeline, inboxes = make_head(model, spec_of(settings), store.port, lambda: room_of(settings, 0))
+            self._pipeline, inboxes = make_head(
+                model,
+                spec_of(settings),
+                store.port,
+                lambda: room_of(settings, 0, place),
+                host=place.host,
+                interface=place.interface,
+            )
         except ValueError as error:
             raise EngineError(f"{settings.model}: {error}") from error
         except RuntimeError as error:
@@ -196,7 +212,7 @@ class RingWorker(Worker):
         """End the other ranks, which hold nothing that outlasts them, and the text encoder."""
         followers, self._followers = self._followers, ()
         for follower in followers:
-            follower.process.kill()
+            follower.end()
         super().close()
 
     def run(self) -> None:
@@ -330,10 +346,10 @@ class RingWorker(Worker):
 
     def _watch(self) -> None:
         """End with the first rank that ends: nothing here is worth saving, and the server starts another group."""
-        ranks = [follower.process for follower in self._followers]
-        gone = wait([process.sentinel for process in ranks])
+        ranks = [follower.sentinel for follower in self._followers]
+        gone = wait(ranks)
         if self._followers:
-            numbers = [number for number, process in enumerate(ranks, start=1) if process.sentinel in gone]
+            numbers = [number for number, sentinel in enumerate(ranks, start=1) if sentinel in gone]
             log.error("rank %s of %d ended: the group ends with it", numbers[0], len(ranks) + 1)
             self.close()
             os._exit(PEER_GONE)
@@ -396,12 +412,14 @@ class RingWorker(Worker):
         return head.done.popleft().cost_s
 
 
-def main(control_fd: int, memory_fd: int, settings: EngineSettings, followers: Sequence[Follower]) -> None:
+def main(
+    control_fd: int, memory_fd: int, settings: EngineSettings, followers: Sequence[Follower], place: Place
+) -> None:
     """Load, then serve until the server lets go or the group is lost. Ends the process: torch's groups may hold
     threads that wait for ever."""
     torch.set_num_threads(settings.threads)
     connection = Connection(socket.socket(fileno=control_fd))
-    worker = RingWorker(connection, FrameMemory(memory_fd, FrameLayout.of(settings)), settings, followers)
+    worker = RingWorker(connection, FrameMemory(memory_fd, FrameLayout.of(settings)), settings, followers, place)
     code = 1
     try:
         worker.load()

@@ -12,6 +12,7 @@ and has never been run by us.
 
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from engine.ring_start import LOOPBACK
+
 DEPTH = 2
 # What a message may hold: so many tensors, of so many axes.
 TENSORS = 4
 AXES = 5
-HOST = "127.0.0.1"
+HOST = LOOPBACK
 # Waiting for work has no other end: a peer that dies breaks the connection at once.
 IDLE_LIMIT_S = 30 * 86_400.0
 JOIN_TIMEOUT_S = 60.0
@@ -76,8 +79,25 @@ class Message:
     tensors: list[Tensor]
 
 
+def open_store(host: str, *, timeout_s: float) -> TCPStore:
+    """The store where ranks meet, on a free port of an address of this machine and of no other. Raises OSError."""
+    listener = socket.create_server((host, 0))
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        None,
+        True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
 def meet(rank: int, ranks: int, port: int, *, host: str = HOST, interface: str = "lo") -> None:
-    """Join the process group whose store listens at host:port. Blocks until all ranks have come, at most a minute."""
+    """Join the process group whose store listens at host:port. Blocks until all ranks have come, at most a minute.
+
+    interface: network interface of this machine that the other ranks reach, where gloo listens.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     limit = timedelta(seconds=JOIN_TIMEOUT_S)
     store = TCPStore(host, port, None, False, timeout=limit)

@@ -1,18 +1,22 @@
-"""Groups on two nodes of a Ray cluster, which are two raylets of this machine: a node dies, the streams go on."""
+"""Groups on nodes of a Ray cluster, which are raylets of this machine: a node dies, the streams go on."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from engine.api import EngineState, EngineStream, FrameChunk, RankLost
 from engine.api import StreamParams as Params
 from engine.config import EngineSettings
 from engine.ray_cluster import STORE_BYTES, Controller, RayCluster, controller, import_ray
+from engine.wan.weights import load_model
+from engine.worker import dtype_of, make_pipeline
 
 SIZE = 64
 START_S = 120
@@ -21,18 +25,21 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
-    """A cluster of a head that holds no group, and two nodes with room for one each. Yields it and its nodes."""
+@pytest.fixture
+def raylets() -> Iterator[Any]:
+    """A cluster of a head that holds no group."""
     ray = import_ray()
     from ray.cluster_utils import Cluster as Raylets
 
-    small = {"object_store_memory": STORE_BYTES}
-    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-    workers = [raylets.add_node(num_cpus=1, **small) for _ in range(2)]
-    yield raylets, workers
+    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+    yield raylets
     ray.shutdown()
     raylets.shutdown()
+
+
+def add(raylets: Any, cpus: int) -> Any:
+    """A node with room for so many ranks."""
+    return raylets.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
 
 
 async def renders(stream: EngineStream, index: int = 0) -> np.ndarray:
@@ -54,8 +61,14 @@ async def all_ready(cluster: RayCluster) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(nodes: Any) -> None:
-    raylets, workers = nodes
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(START_S):
+        while not done():
+            await asyncio.sleep(0.1)
+
+
+async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(raylets: Any) -> None:
+    workers = [add(raylets, 1) for _ in range(2)]
     import ray
 
     began = time.monotonic()
@@ -65,7 +78,7 @@ async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(nodes: Any) -> 
     try:
         await all_ready(cluster)
         print(f"two groups ready after {time.monotonic() - began:.1f} s")
-        homes = {number: node for number, (node, _) in cluster._ranks.items()}
+        homes = {number: node for number, ((node,), _) in cluster._ranks.items()}
         assert set(homes.values()) == {worker.node_id for worker in workers}
         async with contextlib.AsyncExitStack() as held:
             a = await held.enter_async_context(cluster.open_stream("a", Params(prompt="ink")))
@@ -87,12 +100,12 @@ async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(nodes: Any) -> 
                 np.testing.assert_array_equal(await renders(again), first)
                 print(f"rendered again after {time.monotonic() - killed:.2f} s")
         # A node comes: the lost group is placed there.
-        raylets.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        add(raylets, 1)
         await all_ready(cluster)
         assert cluster.capacity.groups == 2
 
         # Its node is drained: the group leaves, and has nowhere to go.
-        leaving = cluster._ranks[hit][0]
+        (leaving,) = cluster._ranks[hit][0]
         await asyncio.to_thread(ray.get, controller(ray).drain.remote(leaving, True))
         async with asyncio.timeout(30):
             while cluster.groups[hit].status.state is EngineState.READY:
@@ -102,6 +115,75 @@ async def test_a_node_is_killed_and_its_stream_goes_on_elsewhere(nodes: Any) -> 
         assert {(one["group"], one["node"]) for one in shown} >= {(1 - hit, homes[1 - hit])}
     finally:
         await cluster.close()
+
+
+def ring_processes(node: Any) -> list[psutil.Process]:
+    """The ranks of rings on a node."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    found = psutil.Process(raylet).children(recursive=True)
+    return [each for each in found if "engine.ring_start" in each.cmdline()]
+
+
+async def test_a_ring_over_two_nodes_is_one_rank_and_outlives_either_node(raylets: Any, model_dir: Path) -> None:
+    workers = [add(raylets, 1) for _ in range(3)]
+    settings = EngineSettings(
+        model=str(model_dir), width=SIZE, height=SIZE, max_streams=2, ranks=2, dtype="float32", start_timeout_s=START_S
+    )
+    ink = Params(prompt="ink", steps=2)
+    plain = make_pipeline(load_model(model_dir, "cpu", dtype_of(settings)), settings)
+    state = plain.open(ink)
+    expected = [plain.render(state, np.full((1 if index == 0 else 4, SIZE, SIZE, 3), 90, np.uint8)) for index in (0, 1)]
+    began = time.monotonic()
+    cluster = RayCluster("ray", [settings, settings.model_copy(update={"ranks": 1})])
+    ring, other = cluster.groups
+    left: list[psutil.Process] = []
+
+    def all_gone() -> bool:
+        return not any(each.is_running() for each in left)
+
+    await cluster.start()
+    try:
+        await all_ready(cluster)
+        print(f"ready after {time.monotonic() - began:.1f} s")
+        async with other.open_stream("b", Params()) as untouched:
+            for killed_rank, room in ((1, 1), (0, 2)):
+                by_id = {worker.node_id: worker for worker in workers}
+                homes = sorted(cluster._ranks[0][0])
+                assert len(homes) == 2
+                left += [each for home in homes for each in ring_processes(by_id[home])]
+                async with ring.open_stream("a", ink) as stream:
+                    for index in (0, 1):
+                        np.testing.assert_array_equal(await renders(stream, index), expected[index])
+                    victim = next(
+                        worker
+                        for worker in workers
+                        if any("follow" in each.cmdline() for each in ring_processes(worker)) == bool(killed_rank)
+                        and worker.node_id in homes
+                    )
+                    killed = time.monotonic()
+                    raylets.remove_node(victim, allow_graceful=False)
+                    with pytest.raises(RankLost):
+                        async with asyncio.timeout(60):
+                            await anext(aiter(stream))
+                print(f"node of rank {killed_rank}: lost after {time.monotonic() - killed:.2f} s")
+                await until(all_gone)
+                await renders(untouched, 1 - killed_rank)
+                assert ring.status.state is not EngineState.READY
+                workers.remove(victim)
+                workers.append(add(raylets, room))
+                added = time.monotonic()
+                await all_ready(cluster)
+                print(f"ready {time.monotonic() - added:.1f} s after a node came")
+            # The last node had room for the whole ring.
+            assert cluster._ranks[0][0] == {workers[-1].node_id}
+            async with ring.open_stream("a", ink) as stream:
+                for index in (0, 1):
+                    np.testing.assert_array_equal(await renders(stream, index), expected[index])
+            left += [each for worker in workers for each in ring_processes(worker)]
+            assert len(left) == 6
+    finally:
+        await cluster.close()
+    await until(all_gone)
 
 
 def test_a_controller_that_was_started_anew_learns_what_is_drained() -> None:
