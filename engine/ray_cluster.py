@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from engine.client import LocalEngine
@@ -53,6 +54,12 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Its core would put a handler of its own over that of SIGTERM, which prints stack traces and ends the process.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    # A node's actors, ranks with them, would be niced by 15: a thirtieth of a core beside anything else that wants it.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Where the user has a token the first node asks for it; those that join would not show theirs unless told to.
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
         import ray.util.scheduling_strategies

@@ -14,17 +14,23 @@ client. Told for every kill, all at the client: `told`, when it hears that the e
 a new picture; and `restyled`, the first picture of the new group. Wrong is a picture that stands for longer than
 `GAP_LIMIT_S`, a client that is not restyled within `RESTYLED_LIMIT_S`, or a session that ends.
 
+    python tests/bench/drill_kill.py --session --engine ray --ranks 2 --kills 3
+
+The same over nodes of a Ray cluster, one for each rank: raylets of this machine, started for the drill.
+
 An engine whose ranks die four times in a minute is given up by design, hence the pause after each kill.
 """
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -41,7 +47,7 @@ from engine.config import DEFAULT_MODEL, EngineSettings
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from livebrush_client import connect
-from tests.e2e.killing import Kill, Watch, kill_rank
+from tests.e2e.killing import Kill, Watch, kill_rank, ranks_of, ranks_on
 from tests.e2e.serving import Server
 from tests.server.test_server import MovingPicture
 
@@ -97,7 +103,7 @@ class Feed:
             await asyncio.sleep(frames / self.fps)
 
 
-def ranks_of(group: LocalEngine) -> list[psutil.Process]:
+def ranks_in(group: LocalEngine) -> list[psutil.Process]:
     """Rank 0 of a group and the others."""
     first = psutil.Process(group.pid)
     others = (child for child in first.children() if "spawn_main" in " ".join(child.cmdline()))
@@ -129,7 +135,7 @@ async def drill(options: argparse.Namespace) -> int:
     seen_s, restyled_s, faults, killed = [], [], 0, []
     for number in range(options.kills):
         group = groups[number % len(groups)]
-        ranks = ranks_of(group)
+        ranks = ranks_in(group)
         killed += ranks
         hit = group.capacity.open_streams
         before = [feed.losses for feed in feeds]
@@ -158,7 +164,7 @@ async def drill(options: argparse.Namespace) -> int:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    killed += [process for group in groups for process in ranks_of(group)]
+    killed += [process for group in groups for process in ranks_in(group)]
     await engine.close()
     _, left = await asyncio.to_thread(psutil.wait_procs, killed, LEFT_TIMEOUT_S)
     for name, values in (("seen", seen_s), ("restyled", restyled_s)):
@@ -168,13 +174,37 @@ async def drill(options: argparse.Namespace) -> int:
     return 1 if faults or left else 0
 
 
+@contextlib.contextmanager
+def ray_nodes(count: int) -> Iterator[list[psutil.Process]]:
+    """A Ray cluster of a head that holds no rank and nodes with room for one each, all on this machine: its raylets."""
+    from engine.ray_cluster import STORE_BYTES, import_ray
+
+    import_ray()
+    from ray.cluster_utils import Cluster as Raylets
+
+    cluster = Raylets(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(count)]
+        yield [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    finally:
+        cluster.shutdown()
+
+
 async def drill_session(options: argparse.Namespace) -> int:
     """Returns the exit status."""
+    if options.engine == "local":
+        return await drill_session_of(options, ranks_of)
+    with ray_nodes(options.ranks) as raylets:
+        return await drill_session_of(options, lambda _: ranks_on(raylets))
+
+
+async def drill_session_of(options: argparse.Namespace, find: Callable[[psutil.Process], list[psutil.Process]]) -> int:
+    """Returns the exit status. find: the ranks of the server's group, 0 first."""
     kills: list[Kill] = []
     serve = ("--ranks", str(options.ranks), "--size", f"{options.size}x{options.size}", "--model", options.model)
     with tempfile.TemporaryDirectory() as folder:
         with Server(
-            Path(folder) / "log", engine="local", options=serve, patient=True, LIVEBRUSH_ENGINE__COSTS_DIR=folder
+            Path(folder) / "log", engine=options.engine, options=serve, patient=True, LIVEBRUSH_ENGINE__COSTS_DIR=folder
         ) as server:
             async with asyncio.timeout(options.timeout):
                 while not await asyncio.to_thread(server.is_ready):
@@ -185,7 +215,7 @@ async def drill_session(options: argparse.Namespace) -> int:
                 watching = asyncio.create_task(watch.run())
                 for number in range(options.kills):
                     began = time.monotonic()
-                    kill = await kill_rank(watch, process, number % options.ranks, timeout_s=options.timeout)
+                    kill = await kill_rank(watch, process, number % options.ranks, timeout_s=options.timeout, find=find)
                     kills.append(kill)
                     wrong = kill.gap_s > GAP_LIMIT_S or kill.told_s > SEEN_LIMIT_S
                     slow = kill.restyled_s > RESTYLED_LIMIT_S
@@ -194,7 +224,7 @@ async def drill_session(options: argparse.Namespace) -> int:
                     await asyncio.sleep(max(0.0, began + pause_s - time.monotonic()))
                 ended = live.ended
             await watching
-            processes = [process, *process.children(recursive=True)]
+            processes = {process, *process.children(recursive=True), *find(process)}
         _, left = await asyncio.to_thread(psutil.wait_procs, processes, LEFT_TIMEOUT_S)
     for name in ("told_s", "camera_s", "gap_s", "restyled_s"):
         values = [getattr(kill, name) for kill in kills]
@@ -217,7 +247,10 @@ def main() -> int:
     parser.add_argument("--fps", type=float, default=12.0)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a group to come back")
     parser.add_argument("--session", action="store_true", help="through a server, as a WebRTC client sees it")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="with --session: what to serve")
     options = parser.parse_args()
+    if options.engine == "ray" and not options.session:
+        parser.error("--engine ray needs --session")
     return asyncio.run(drill_session(options) if options.session else drill(options))
 
 

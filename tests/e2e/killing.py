@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -120,13 +121,31 @@ def ranks_of(server: psutil.Process) -> list[psutil.Process]:
     return [first, *sorted(others, key=lambda process: process.pid)]
 
 
-async def kill_rank(watch: Watch, server: psutil.Process, rank: int, *, timeout_s: float) -> Kill:
-    """SIGKILL to a rank under a session that is restyled, until it is again. Raises TimeoutError, AssertionError."""
+def ranks_on(raylets: list[psutil.Process]) -> list[psutil.Process]:
+    """Processes of the one group on the nodes of a Ray cluster, rank 0 first."""
+    found = [child for raylet in raylets for child in raylet.children(recursive=True)]
+    ranks = [child for child in found if "engine.ring_start" in child.cmdline()]
+    arguments = {process: process.cmdline()[4:] for process in ranks}
+    return sorted(ranks, key=lambda process: int(arguments[process][1]) if "follow" in arguments[process] else 0)
+
+
+async def kill_rank(
+    watch: Watch,
+    server: psutil.Process,
+    rank: int,
+    *,
+    timeout_s: float,
+    find: Callable[[psutil.Process], list[psutil.Process]] = ranks_of,
+) -> Kill:
+    """SIGKILL to a rank under a session that is restyled, until it is again. Raises TimeoutError, AssertionError.
+
+    find: the ranks of the server's group, 0 first.
+    """
     async with asyncio.timeout(timeout_s):
         since = time.monotonic()
         while not any(seen.kind == RESTYLED for seen in watch.seen(since)):
             await asyncio.sleep(POLL_S)
-        ranks = ranks_of(server)
+        ranks = find(server)
         killed_at = time.monotonic()
         os.kill(ranks[rank].pid, signal.SIGKILL)
         restyled_at = await watch.restyled(killed_at)
