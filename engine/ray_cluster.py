@@ -338,8 +338,9 @@ def _begin(ray: Any, actors: list[Any], settings: EngineSettings) -> tuple[list[
 
     text = settings.model_dump_json()
     found = zip(answers([actor.look.remote(text) for actor in actors]), actors, strict=True)
-    # Neighbours in the ring on one node, where there are several to a node.
-    ordered = sorted(found, key=lambda pair: pair[0].node)
+    # Rank 0, which has the frames, near this server where it can be, and neighbours in the ring on one node.
+    here = ray.util.get_node_ip_address()
+    ordered = sorted(found, key=lambda pair: (pair[0].address != here, pair[0].node))
     homes, actors[:] = [home for home, _ in ordered], [actor for _, actor in ordered]
     # What `auto` stands for may differ from node to node, and the ranks must agree.
     precision = "float32" if any(home.precision == "float32" for home in homes) else "bfloat16"
