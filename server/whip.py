@@ -56,6 +56,8 @@ SILENT_S = 3.0
 # Viewers stay so long for a publisher that comes back.
 RETURN_S = 30.0
 TICK_S = 0.5
+# Asked for key frames in so many ticks on end and none came: the publisher does not hear, as OBS and FFmpeg.
+DEAF_TICKS = 6
 CLOSE_TIMEOUT_S = 5.0
 # Session URLs whose DELETE is answered 200 once more: some clients close their connection and then say so.
 MAX_REMEMBERED = 1024
@@ -89,6 +91,8 @@ class Stream:
     ufrag: str = ""
     arriving: bool = False
     gone_at: float | None = None
+    key_frames_asked: int = 0
+    deaf_ticks: int = 0
     viewers: dict[str, Viewer] = field(default_factory=dict)
 
 
@@ -231,6 +235,7 @@ class Whip(Collector):
         finally:
             stream.arriving = False
         stream.ufrag, stream.gone_at = ufrag_of(offer_sdp), None
+        stream.key_frames_asked = stream.deaf_ticks = 0
         return self._created(request, f"/whip/{name}/{session.id}", session.id, session.answered.result())
 
     async def _make_way(self, stream: Stream) -> None:
@@ -404,12 +409,15 @@ class Whip(Collector):
         await self._matte.close()
 
     async def _tick(self) -> None:
-        """End the streams whose publisher stays away."""
+        """End the streams whose publisher stays away; tell of those whose publisher does not hear."""
         while True:
             await asyncio.sleep(TICK_S)
             now = self._context.clock()
             for stream in list(self._streams.values()):
-                if stream.arriving or self._publisher(stream) is not None:
+                session = self._publisher(stream)
+                if session is not None and session.peer is not None:
+                    count_deaf(stream, session.peer.counters.get("key_frames_asked", 0))
+                if stream.arriving or session is not None:
                     continue
                 if stream.gone_at is None:
                     stream.gone_at = now
@@ -435,6 +443,19 @@ def _stream_name(request: web.Request) -> str:
     if not STREAM_NAME.fullmatch(name):
         raise BadRequest("a stream's name has 1 to 64 letters, digits, - and _")
     return name
+
+
+def count_deaf(stream: Stream, asked: int) -> None:
+    """Log, once for each time, that a stream waits in vain for a key frame."""
+    stream.deaf_ticks = stream.deaf_ticks + 1 if asked > stream.key_frames_asked else 0
+    stream.key_frames_asked = asked
+    if stream.deaf_ticks == DEAF_TICKS:
+        log.warning(
+            "stream %s: no key frame for %.0f s, though its publisher was asked for one: set the encoder's keyframe"
+            " interval to 1 s (OBS: Settings, Output, Advanced; FFmpeg: -g)",
+            stream.name,
+            DEAF_TICKS * TICK_S,
+        )
 
 
 def _reached(request: web.Request) -> str:

@@ -22,10 +22,12 @@ from engine.api import StreamParams
 from engine.config import EngineSettings
 from engine.fake import FakeEngine, tint
 from server.app import running_server
+from server.broadcast import Broadcast
 from server.errors import ServerError
 from server.session_context import SessionContext
 from server.settings import ServerSettings, TokenSettings
 from server.viewers import MAX_PICTURES
+from server.whip import DEAF_TICKS, Stream, count_deaf
 from server.whip_sdp import check_codecs, nearest_first, parse_fragment
 from tests.server.waiting import until
 from tests.server.whip_client import SDP, Client
@@ -410,6 +412,16 @@ def test_a_fragment_of_any_text_is_read_or_refused(text: str) -> None:
         assert len(parse_fragment(text).candidates) <= text.count("a=candidate:")
     except ServerError as error:
         assert error.status in (400, 413)
+
+
+def test_a_publisher_that_does_not_hear_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    stream, said = Stream("live", cast(Broadcast, None)), []
+    answered_now_and_then = [3, 6, 9, 9, 12, 15, 15]
+    for asked in (*answered_now_and_then, *range(18, 18 + 3 * DEAF_TICKS, 3), 60, 63):
+        count_deaf(stream, asked)
+        said.append(len(caplog.records))
+    assert said == [0] * (len(answered_now_and_then) + DEAF_TICKS - 1) + [1] * 3
+    assert "stream live: no key frame for 3 s" in caplog.text and "interval to 1 s" in caplog.text
 
 
 def candidates(*hosts: str) -> str:
