@@ -209,7 +209,10 @@ class MediaReceiver:
         """Return the packet, out of its retransmission wrapping if it has one; None where there is nothing inside."""
         if not is_rtx(codec):
             return packet
-        source, payload_type = self._rtx_sources.get(packet.ssrc), codec.parameters.get("apt")
+        # FFmpeg names the source of its repetitions in a group alone, where aiortc does not look. One stream is
+        # decoded, so they can only be that one's.
+        source = self._rtx_sources.get(packet.ssrc) if self._rtx_sources else self._source
+        payload_type = codec.parameters.get("apt")
         if source is None or not isinstance(payload_type, int) or payload_type not in self._codecs:
             return None
         if len(packet.payload) < 2:  # Chromium probes the bandwidth with empty ones
