@@ -47,15 +47,13 @@ def _unpack(package: str, root: Path) -> None:
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb") and KEYRING.exists()):
         raise Unavailable("this machine is no Debian: apt-get, dpkg-deb or Debian's keyring is missing")
     deadline = time.monotonic() + TIMEOUT_S
-    mirrors = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *MIRROR], deadline).split()
-    if not mirrors:
-        raise Unavailable("apt knows no mirror of Debian, or has no lists of it: run apt-get update")
     shutil.rmtree(root, ignore_errors=True)
     apt = root / "apt"
-    for place in ("lists/partial", "cache/archives/partial"):
+    for place in ("lists/partial", "lists-here/partial", "cache/archives/partial"):
         (apt / place).mkdir(parents=True)
+    mirror = _mirror(apt / "lists-here", deadline)
     (apt / "status").touch()
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirrors[0]} {SUITE} main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {SUITE} main\n")
     options = {
         "Dir::State": apt,
         "Dir::State::lists": apt / "lists",
@@ -94,6 +92,19 @@ def _unpack(package: str, root: Path) -> None:
     for folder in (apt, root / "usr/share", root / "usr/include"):
         shutil.rmtree(folder, ignore_errors=True)
     (root / "complete").touch()
+
+
+def _mirror(lists: Path, deadline: float) -> str:
+    """The URL from which this machine has Debian; fetches this machine's lists where it has none, as fresh images."""
+    targets = ["indextargets", "--format", "$(REPO_URI)", *MIRROR]
+    found = _run(["apt-get", *targets], deadline).split()
+    if not found:
+        own = f"-oDir::State::lists={lists}"
+        _run(["apt-get", "-q", own, "-oDebug::NoLocking=true", "-oAPT::Sandbox::User=", "update"], deadline)
+        found = _run(["apt-get", own, *targets], deadline).split()
+    if not found:
+        raise Unavailable("apt has no source of Debian's main among its sources")
+    return found[0]
 
 
 def _run(command: list[str], deadline: float) -> str:
