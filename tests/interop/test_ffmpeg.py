@@ -89,7 +89,8 @@ class Publisher:
     """One ffmpeg, publishing until it is stopped."""
 
     def __init__(self, command: list[str], server: Server, path: str, *options: str, token: str = TOKEN) -> None:
-        whip = ("-authorization", token, *options, "-f", "whip", server.url + path)
+        patient = ("-handshake_timeout", "60000")
+        whip = (*patient, "-authorization", token, *options, "-f", "whip", server.url + path)
         self._process = subprocess.Popen(
             [*command, "-hide_banner", "-loglevel", "info", "-re", *SOURCES, *VIDEO, *AUDIO, *whip],
             stdin=subprocess.DEVNULL,
