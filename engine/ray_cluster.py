@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from engine.client import LocalEngine
@@ -41,6 +40,7 @@ NAMESPACE = "livebrush"
 CONTROLLER = "controller"
 # The least that Ray takes. Frames do not go through its store.
 STORE_BYTES = 80_000_000
+CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 15.0
 ACTOR_TIMEOUT_S = 60.0
@@ -56,15 +56,15 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     # A node's actors, ranks with them, would be niced by 15: a thirtieth of a core beside anything else that wants it.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Where the user has a token the first node asks for it; those that join would not show theirs unless told to.
-    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
+        import ray._private.services
         import ray.util.scheduling_strategies
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     except ImportError as error:
         raise OSError("Ray is not installed: pip install 'livebrush[cluster]'") from error
+    # Where the user has a token the first node asks for it; those that join would not show theirs unless told to.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return ray
 
 
@@ -79,14 +79,34 @@ def join(address: str) -> Any:
         if address.startswith("ray://"):
             ray.init(address, **common)
             return ray
-        with contextlib.suppress(ConnectionError):
+        if _answers(ray):
             ray.init("auto", **common)
             return ray
         log.info("no Ray cluster runs here: starting one of this machine")
-        ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **common)
+        ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, **common)
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(f"no Ray cluster at {address}: {error}") from error
     return ray
+
+
+def _answers(ray: Any) -> bool:
+    """Whether the cluster that this machine is in is there; Ray itself would try for a quarter of an hour.
+
+    Raises: ConnectionError where RAY_ADDRESS names it and it is not.
+    """
+    try:
+        address: str = ray._private.services.canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return False
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise ConnectionError(f"RAY_ADDRESS: {error}") from error
+        log.warning("the Ray cluster that this machine was in does not answer at %s: %s", address, error)
+        return False
+    return True
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from engine.api import EngineState, EngineStream, FrameChunk, RankLost
 from engine.api import StreamParams as Params
 from engine.config import EngineSettings
-from engine.ray_cluster import STORE_BYTES, Controller, RayCluster, controller, import_ray
+from engine.ray_cluster import STORE_BYTES, Controller, RayCluster, _answers, controller, import_ray, join
 from engine.wan.weights import load_model
 from engine.worker import dtype_of, make_pipeline
 
@@ -184,6 +185,17 @@ async def test_a_ring_over_two_nodes_is_one_rank_and_outlives_either_node(raylet
     finally:
         await cluster.close()
     await until(all_gone)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda _: address)
+        assert _answers(import_ray())
+    assert not _answers(import_ray())
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match="RAY_ADDRESS"):
+        join("ray")
 
 
 def test_a_controller_that_was_started_anew_learns_what_is_drained() -> None:
