@@ -84,7 +84,7 @@ def join(address: str) -> Any:
             return ray
         log.info("no Ray cluster runs here: starting one of this machine")
         ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, **common)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConnectionError(f"no Ray cluster at {address}: {error}") from error
     return ray
 

@@ -182,6 +182,8 @@ async def test_a_ring_over_two_nodes_is_one_rank_and_outlives_either_node(raylet
                     np.testing.assert_array_equal(await renders(stream, index), expected[index])
             left += [each for worker in workers for each in ring_processes(worker)]
             assert len(left) == 6
+            placed = await asyncio.to_thread(import_ray().util.placement_group_table)
+            assert sorted(one["name"][-1] for one in placed.values() if one["state"] != "REMOVED") == ["0", "1"]
     finally:
         await cluster.close()
     await until(all_gone)
