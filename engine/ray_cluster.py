@@ -346,10 +346,10 @@ class RayCluster(Cluster):
                 rank.leave("its node is drained")
 
 
-def _begin(ray: Any, actors: list[Any], settings: EngineSettings) -> tuple[list[Home], tuple[int, str]]:
+def _begin(ray: Any, actors: Sequence[Any], settings: EngineSettings) -> tuple[list[Home], tuple[int, str]]:
     """Have actors start the ranks of one group; returns their homes, rank 0's first, and port and secret of its host.
 
-    Which actor has which rank is settled here, `actors` is brought into that order. Raises RayError.
+    Which actor has which rank is settled here. Raises RayError.
     """
 
     def answers(calls: list[Any]) -> list[Any]:
@@ -361,14 +361,15 @@ def _begin(ray: Any, actors: list[Any], settings: EngineSettings) -> tuple[list[
     # Rank 0, which has the frames, near this server where it can be, and neighbours in the ring on one node.
     here = ray.util.get_node_ip_address()
     ordered = sorted(found, key=lambda pair: (pair[0].address != here, pair[0].node))
-    homes, actors[:] = [home for home, _ in ordered], [actor for _, actor in ordered]
+    (first, leader), *others = ordered
+    homes = [home for home, _ in ordered]
     # What `auto` stands for may differ from node to node, and the ranks must agree.
     precision = "float32" if any(home.precision == "float32" for home in homes) else "bfloat16"
     sharing = Counter(home.node for home in homes)
-    (host,) = answers([actors[0].lead.remote(precision, sharing[homes[0].node])])
+    (host,) = answers([leader.lead.remote(precision, sharing[first.node])])
     begun = [
-        actor.follow.remote(rank, precision, sharing[home.node], homes[0].address, *host)
-        for rank, (home, actor) in enumerate(ordered[1:], start=1)
+        actor.follow.remote(rank, precision, sharing[home.node], first.address, *host)
+        for rank, (home, actor) in enumerate(others, start=1)
     ]
     answers(begun)
     return homes, host
