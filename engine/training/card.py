@@ -54,7 +54,7 @@ Twenty-five deterministic picture filters written for this model (`engine/traini
 optical flow of the clean clip. No neural network taught it, so no other model's licence or bias comes with its styles.
 
 ## Training time really spent
-Two shared CPU cores, one thread each, float32 but for stage 2, beside other work; wall-clock minutes.
+Two shared CPU cores, one thread each, float32 but for stages 2 and 3, beside other work; wall-clock minutes.
 
 """  # noqa: E501
 
