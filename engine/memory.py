@@ -317,6 +317,7 @@ def transformer_parameters(config: TransformerConfig) -> int:
     if width := config.refine_channels:
         area, blocks = REFINE_FACTOR**2, config.refine_blocks
         total += _linear([(channels, area * width), (area * width, config.latent_channels)])
+        total += width * area * config.patch[1] * config.patch[2]
         total += _linear([(dim, 2 * width * (blocks + 1))]) + 2 * blocks * _linear([(9 * width, width)])
     return total
 

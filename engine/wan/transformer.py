@@ -241,7 +241,8 @@ class Refiner(nn.Module):
 
     A contour, a dot or a brush stroke is a matter of a few pixels around it, alike everywhere. Convolutions learn that
     from far fewer examples than tokens of 16 px do: in 100 s of training they alone drew contours better than the
-    transformer alone after an hour (docs/engine.md). Time and prompt scale and shift the features of every block.
+    transformer alone after an hour (docs/engine.md). Time and prompt scale and shift the features of every block. Each
+    place within a token adds features of its own: a step between two tokens is told from a contour by where it lies.
     Starts as the identity.
     """
 
@@ -249,6 +250,8 @@ class Refiner(nn.Module):
         super().__init__()
         width, blocks, area = config.refine_channels, config.refine_blocks, REFINE_FACTOR**2
         self.spread = nn.Conv2d(config.latent_channels + config.condition_channels, area * width, 1)
+        rows, columns = (REFINE_FACTOR * side for side in config.patch[1:])
+        self.place = nn.Parameter(torch.zeros(width, rows, columns))
         self.blocks = nn.ModuleList(RefinerBlock(width) for _ in range(blocks))
         self.film = nn.Linear(config.dim, 2 * width * (blocks + 1))
         self.gather = nn.Conv2d(area * width, config.latent_channels, 1)
@@ -273,8 +276,14 @@ class Refiner(nn.Module):
     def begin(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, film: Sequence[Tensor]) -> Tensor:
         """The features [BT, C, 2H, 2W] that the first block takes."""
         x = output_BTCHW if source_BTCHW is None else torch.cat((output_BTCHW, source_BTCHW), dim=2)
-        x = space_from_channels(self.spread(x.flatten(0, 1)), REFINE_FACTOR)
+        x = self._placed(space_from_channels(self.spread(x.flatten(0, 1)), REFINE_FACTOR))
         return functional.relu(torch.addcmul(film[1], x, 1 + film[0]))
+
+    def _placed(self, x_NCHW: Tensor) -> Tensor:
+        count, channels, height, width = x_NCHW.shape
+        _, rows, columns = self.place.shape
+        x = x_NCHW.view(count, channels, height // rows, rows, width // columns, columns)
+        return (x + self.place[:, None, :, None]).view(x_NCHW.shape)
 
     def through(self, x_NCHW: Tensor, film: Sequence[Tensor], number: int) -> Tensor:
         """Features through one block."""

@@ -257,7 +257,7 @@ def test_a_crop_keeps_its_place_in_the_picture() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # The counts of the published Wan 2.1 checkpoints, and ours.
-    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 3_242_720)],
+    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 3_243_744)],
 )
 def test_presets_have_the_published_size(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -335,6 +335,7 @@ def test_the_refiner_is_convolutions_on_a_grid_twice_as_fine() -> None:
             both = torch.cat((output[row, frame], source[row, frame]))
             spread = torch.einsum("oc,chw->ohw", weights["spread.weight"][:, :, 0, 0], both)
             x = functional.pixel_shuffle(spread + weights["spread.bias"][:, None, None], 2)
+            x = x + weights["place"].repeat(1, 2, 3)
             x = (x * (1 + film[0, 0]) + film[0, 1]).relu()
             for block in range(2):
                 first, second = (
