@@ -139,9 +139,9 @@ class SteadyConfig(_Frozen):
     damped_levels: NonNegativeFloat = Field(default=5.0, description="smaller changes than this are damped besides")
     seam_levels: NonNegativeFloat = Field(default=15.0, description="the same from chunk to chunk")
     seam_energy: PositiveFloat = Field(
-        default=1.4, description="energy of a change from chunk to chunk, of that within one, that is not spread"
+        default=1.0, description="energy of a change from chunk to chunk, of that within one, that is not spread"
     )
-    eased_most: float = Field(default=0.6, ge=0, lt=1, description="share of such a change that is spread at most")
+    eased_most: float = Field(default=0.7, ge=0, lt=1, description="share of such a change that is spread at most")
     scene_levels: tuple[NonNegativeFloat, PositiveFloat] = Field(
         default=(40.0, 60.0),
         description="from chunk to chunk: change of the same scene, of another (not spread)",
