@@ -22,10 +22,10 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.client import LocalEngine
 from engine.cluster import Cluster
@@ -35,6 +35,8 @@ from engine.remote_rank import RankHost, RemoteRank, interface_of, start_followe
 from engine.ring_start import Place, end_with_parent
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAMESPACE = "livebrush"
 CONTROLLER = "controller"
@@ -206,6 +208,7 @@ class RayCluster(Cluster):
         self._joining: asyncio.Task[Any] | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._releases: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Future[Any]] = set()
         # Of each group: the nodes it is on, and rank 0.
         self._ranks: dict[int, tuple[frozenset[str], RemoteRank]] = {}
         self._life = ""
@@ -229,8 +232,24 @@ class RayCluster(Cluster):
         await asyncio.gather(self._reporting, *self._releases, return_exceptions=True)
         with contextlib.suppress(OSError, asyncio.CancelledError):
             ray = await self._joining
-            await asyncio.to_thread(ray.shutdown)
+            # Ray ends the whole process, with status 1, when a thread asks it for something after its shutdown.
+            if self._calls and (await asyncio.wait(self._calls, timeout=CALL_TIMEOUT_S))[1]:
+                log.warning("Ray did not answer %d calls: its connection ends with this process", len(self._calls))
+            else:
+                await asyncio.to_thread(ray.shutdown)
         self._joining = None
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Of Ray, in a thread. `close` waits for it also where nobody else does any more."""
+        call = asyncio.get_running_loop().run_in_executor(None, partial(function, *arguments))
+        self._calls.add(call)
+        call.add_done_callback(self._done)
+        return await asyncio.shield(call)
+
+    def _done(self, call: asyncio.Future[Any]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # looked at, or asyncio would tell of it where nobody waits
 
     # --- one group
 
@@ -249,7 +268,7 @@ class RayCluster(Cluster):
         # Ray shows an actor the GPUs that are its own, counted from 0.
         settings = settings.model_copy(update={"device": "cuda:0" if on_gpu else "cpu"})
         kind, count = ("GPU", 1) if on_gpu else ("CPU", settings.threads)
-        place = await asyncio.to_thread(self._ask, ray, [{kind: count}] * settings.rank_count, number)
+        place = await self._call(self._ask, ray, [{kind: count}] * settings.rank_count, number)
         actors: list[Any] = []
         try:
             await self._room(place, number, settings.rank_count, f"{count} {kind}", settings.start_timeout_s)
@@ -257,7 +276,7 @@ class RayCluster(Cluster):
                 strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(place, bundle)
                 options = {"num_gpus" if on_gpu else "num_cpus": count, "scheduling_strategy": strategy}
                 actors.append(ray.remote(RankActor).options(**options).remote())
-            homes, (port, secret) = await asyncio.to_thread(_begin, ray, actors, settings)
+            homes, (port, secret) = await self._call(_begin, ray, actors, settings)
             release = partial(self._release, ray, place, actors)
             rank = await RemoteRank.connect(homes[0].address, port, secret, memory, on_stop=release)
         except BaseException as error:
@@ -280,7 +299,7 @@ class RayCluster(Cluster):
         """Wait until the nodes have room. Raises TimeoutError."""
         wanted = need if ranks == 1 else f"{ranks} x {need}"
         for second in range(int(timeout_s)):
-            if await asyncio.to_thread(place.wait, 1):
+            if await self._call(place.wait, 1):
                 return
             if second == 0:
                 log.warning("group %d waits until nodes have %s free", number, wanted)
@@ -340,7 +359,7 @@ class RayCluster(Cluster):
             call = controller(ray).report.remote(self._name, groups, self._life, self._drained)
             return ray.get(call, timeout=CALL_TIMEOUT_S)
 
-        self._life, self._drained = await asyncio.to_thread(report)
+        self._life, self._drained = await self._call(report)
         for nodes, rank in list(self._ranks.values()):
             if not nodes.isdisjoint(self._drained):
                 rank.leave("its node is drained")
