@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,30 @@ async def test_a_ring_over_two_nodes_is_one_rank_and_outlives_either_node(raylet
     finally:
         await cluster.close()
     await until(all_gone)
+
+
+async def test_what_is_asked_of_ray_is_answered_before_its_shutdown() -> None:
+    """Ray ends the process of whoever asks it for something later."""
+    asked, told = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow() -> None:
+        asked.set()
+        told.wait(START_S)
+        order.append("answered")
+
+    ray = SimpleNamespace(shutdown=lambda: order.append("shut down"))
+    cluster = RayCluster("ray", [EngineSettings(width=SIZE, height=SIZE)])
+    cluster._joining = asyncio.create_task(asyncio.sleep(0, ray))
+    cluster._reporting = asyncio.create_task(cluster._call(slow))
+    await asyncio.to_thread(asked.wait, START_S)
+    closing = asyncio.create_task(cluster.close())
+    # Who asked is gone; the thread is not.
+    await asyncio.wait([cluster._reporting])
+    assert cluster._reporting.cancelled() and not closing.done()
+    told.set()
+    await closing
+    assert order == ["answered", "shut down"]
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
