@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,35 @@ def bound(alone: RingStats, steps: int) -> float:
     return per_chunk(alone, steps) / split.slowest_s
 
 
+def report(found: Sequence[tuple[Taken, Taken]], own: RingStats, stats: RingStats, steps: int) -> None:
+    """Print what all pairs say together. own, stats: of the ring of one rank and of that of two."""
+    for rank in range(2):
+        wire_s, cpu_s, size = (
+            statistics.median(getattr(both, name)[rank] for _, both in found)
+            for name in ("wire_s", "cpu_s", "wire_bytes")
+        )
+        print(
+            f"rank {rank}: {1000 * wire_s:.2f} ms a chunk on messages of {size / 1e6:.2f} MB, "
+            f"{100 * wire_s / cpu_s:.1f} % of its {1000 * cpu_s:.1f} ms of CPU"
+        )
+    by_clock = statistics.median(a.wall_s / b.wall_s for a, b in found)
+    by_cpu = statistics.median(a.cpu_s[0] / max(b.cpu_s) for a, b in found)
+    units = ", ".join(
+        f"{kind} {1000 * own.total_s(kind):.1f}" for kind in ("encode", "block", "head", "refine", "decode")
+    )
+    print(f"one rank, ms: {units}, beside its units {1000 * own.home_s:.1f}")
+    print(
+        f"median {by_clock:.3f}x by the clock, {by_cpu:.3f}x by CPU time if none waits; the best split of "
+        f"{len(own.kinds)} units gives {bound(own, steps):.3f}x; bounds {stats.bounds}"
+    )
+    # Two cores at work may each be slower than one alone: memory, caches, whatever else runs.
+    slower = per_chunk(stats, steps) / per_chunk(own, steps)
+    print(
+        f"the same work takes {slower:.3f} times as long there: {by_clock * slower:.3f}x and "
+        f"{by_cpu * slower:.3f}x at equal compute"
+    )
+
+
 def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,32 +177,7 @@ def main() -> int:
                 f"two ranks {ranks} ms: {alone.cpu_s[0] / max(together.cpu_s):.3f}x if none waits",
                 flush=True,
             )
-        for rank in range(2):
-            wire_s, cpu_s, size = (
-                statistics.median(getattr(both, name)[rank] for _, both in found)
-                for name in ("wire_s", "cpu_s", "wire_bytes")
-            )
-            print(
-                f"rank {rank}: {1000 * wire_s:.2f} ms a chunk on messages of {size / 1e6:.2f} MB, "
-                f"{100 * wire_s / cpu_s:.1f} % of its {1000 * cpu_s:.1f} ms of CPU"
-            )
-        own, stats = one.stats(), two.stats()
-        by_clock = statistics.median(a.wall_s / b.wall_s for a, b in found)
-        by_cpu = statistics.median(a.cpu_s[0] / max(b.cpu_s) for a, b in found)
-        units = ", ".join(
-            f"{kind} {1000 * own.total_s(kind):.1f}" for kind in ("encode", "block", "head", "refine", "decode")
-        )
-        print(f"one rank, ms: {units}, beside its units {1000 * own.home_s:.1f}")
-        print(
-            f"median {by_clock:.3f}x by the clock, {by_cpu:.3f}x by CPU time if none waits; the best split of "
-            f"{len(own.kinds)} units gives {bound(own, options.steps):.3f}x; bounds {stats.bounds}"
-        )
-        # Two cores at work may each be slower than one alone: memory, caches, whatever else runs.
-        slower = per_chunk(stats, options.steps) / per_chunk(own, options.steps)
-        print(
-            f"the same work takes {slower:.3f} times as long there: {by_clock * slower:.3f}x and "
-            f"{by_cpu * slower:.3f}x at equal compute"
-        )
+        report(found, one.stats(), two.stats(), options.steps)
     return 0
 
 
