@@ -118,7 +118,7 @@ def follow(
         config, shapes.grid, shapes.rows, cache=model.config.cache, device=model.device, dtype=model.dtype
     )
     stage = Stage(model, pool, rank, shapes.bounds, spec.streams, shapes.chain)
-    serve(stage, shapes.layout, Inbox(forward, rank - 1), onward, answers, moving)
+    serve(stage, shapes.layout, Inbox(forward, rank - 1, timeout_s=spec.reply_timeout_s), onward, answers, moving)
 
 
 def make_head(
@@ -145,7 +145,7 @@ def make_head(
         options["group"] = dist.new_group(backend="gloo")
         options["onward"] = Outbox(forward, 1, timeout_s=spec.reply_timeout_s)
     head = RingHead(model, spec.width, spec.height, shapes.bounds, shapes.chain, **options)
-    return head, [("answer", Inbox(back, rank)) for rank in range(1, spec.ranks)]
+    return head, [("answer", Inbox(back, rank, timeout_s=spec.reply_timeout_s)) for rank in range(1, spec.ranks)]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ cut into pieces of one fixed size, so that the receive of the next message is po
 pieces, or for the largest usual message and one more. Most messages are one piece.
 
 gloo reads a buffer after `isend` has returned, so a message is copied into a private one, and a buffer is filled again
-only once its last send is done. On a GPU words stay on the host (gloo) and payloads go by NCCL: that path is written
-and has never been run by us.
+only once its last send is done. Between two ranks on the CPU of one machine payloads lie in memory that both share
+(`engine.shared_pieces`): the sender offers it as the wire is opened, and they are there before their words are. On a
+GPU words stay on the host (gloo) and payloads go by NCCL: that path is written and has never been run by us.
 """
 
 import math
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from engine.ring_start import LOOPBACK
+from engine.shared_pieces import OFFER_NUMBERS, Late, SharedPieces
 
 DEPTH = 2
 # What a message may hold: so many tensors, of so many axes.
@@ -131,15 +133,41 @@ class Traffic:
 class Outbox:
     """Sends to one rank. Returns as soon as a buffer is free, which bounds what is under way."""
 
-    def __init__(self, wire: Wire, to: int, *, timeout_s: float) -> None:
-        """timeout_s: how long the receiver may leave a message untaken."""
+    def __init__(self, wire: Wire, to: int, *, timeout_s: float, share: bool = True) -> None:
+        """Offer memory to the receiver, where it can be shared, and do not wait for its answer.
+
+        Args:
+            timeout_s: how long the receiver may leave a message untaken. share: for comparisons.
+        """
         shape = wire.shape
         self.traffic = Traffic()
         self._wire, self._to, self._timeout = wire, to, timedelta(seconds=timeout_s)
         words = [torch.zeros(shape.row, dtype=torch.float64) for _ in range(DEPTH)]
-        pieces = [torch.zeros(shape.values, dtype=shape.dtype, device=shape.device) for _ in range(shape.pieces)]
         self._words: deque[tuple[Tensor, dist.Work | None]] = deque((buffer, None) for buffer in words)
-        self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque((buffer, None) for buffer in pieces)
+        self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque()
+        self._shared, offer = None, [0] * OFFER_NUMBERS
+        if share and shape.device.type == "cpu":
+            self._shared, offer = SharedPieces.create(shape.pieces, shape.values, shape.dtype)
+        self._offer, self._taken = torch.tensor(offer), torch.zeros(1, dtype=torch.int64)
+        self._offering: tuple[dist.Work | None, ...] = (
+            dist.isend(self._offer, to, wire.words),
+            dist.irecv(self._taken, to, wire.words),
+        )
+
+    @property
+    def shares(self) -> bool:
+        """Whether payloads go by shared memory. Raises PeerGone, when the receiver does not say."""
+        for work in self._offering:
+            _wait(work, self._timeout)
+        if self._offering:
+            self._offering = ()
+            if self._shared is not None:
+                self._shared.settle()
+            if not self._taken.item():
+                shape, self._shared = self._wire.shape, None
+                empty = (torch.zeros(shape.values, dtype=shape.dtype, device=shape.device) for _ in range(shape.pieces))
+                self._pieces.extend((buffer, None) for buffer in empty)
+        return self._shared is not None
 
     def send(self, words: Sequence[float], tensors: Sequence[Tensor] = ()) -> None:
         """Copy a message and send it on its way.
@@ -156,15 +184,29 @@ class Outbox:
         payload = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else None
         pieces = () if payload is None else torch.split(payload, self._wire.shape.values)
         row = torch.cat((shapes.new_tensor([len(pieces)]), shapes.flatten(), shapes.new_tensor(words)))
+        # What finds room in shared memory is there before the words that tell of it.
+        ahead = self._shared.free if self.shares and self._shared is not None else 0
+        for piece in pieces[:ahead]:
+            self._put_piece(piece)
         self._put(self._words, self._wire.words, row)
-        for piece in pieces:
-            self._put(self._pieces, self._wire.payload, piece)
+        for piece in pieces[ahead:]:
+            self._put_piece(piece)
         self.traffic.cpu_s += time.thread_time() - began
 
     def flush(self) -> None:
         """Wait until all that was sent is taken. Raises PeerGone."""
         for _, work in (*self._words, *self._pieces):
             _wait(work, self._timeout)
+
+    def _put_piece(self, piece: Tensor) -> None:
+        if self._shared is None:
+            self._put(self._pieces, self._wire.payload, piece)
+            return
+        try:
+            self.traffic.waited_s += self._shared.put(piece, self._timeout.total_seconds())
+        except Late as late:
+            raise PeerGone(f"rank {self._to}: {late}") from late
+        self.traffic.bytes += piece.nbytes
 
     def _put(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, values: Tensor) -> None:
         buffer, work = buffers.popleft()
@@ -182,15 +224,20 @@ class Outbox:
 class Inbox:
     """Receives from one rank, with the next receives always posted."""
 
-    def __init__(self, wire: Wire, source: int) -> None:
+    def __init__(self, wire: Wire, source: int, *, timeout_s: float) -> None:
+        """Answer the sender's offer of memory, for which it is waited at most timeout_s, and post the first receives.
+
+        Raises: PeerGone.
+        """
         shape = wire.shape
         self.traffic = Traffic()
-        self._wire, self._source = wire, source
+        self._wire, self._source, self._timeout_s = wire, source, timeout_s
         self._words: deque[tuple[Tensor, dist.Work | None]] = deque()
         self._pieces: deque[tuple[Tensor, dist.Work | None]] = deque()
+        self._shared = self._accept(wire, source, timeout_s)
         for _ in range(DEPTH):
             self._post(self._words, wire.words, torch.zeros(shape.row, dtype=torch.float64))
-        for _ in range(shape.pieces):
+        for _ in range(0 if self._shared is not None else shape.pieces):
             piece = torch.zeros(shape.values, dtype=shape.dtype, device=shape.device)
             self._post(self._pieces, wire.payload, piece)
 
@@ -203,7 +250,7 @@ class Inbox:
         count, *numbers = row.tolist()
         payload = torch.empty(int(count) * shape.values, dtype=shape.dtype, device=shape.device)
         for piece in torch.split(payload, shape.values) if count else ():
-            self._take(self._pieces, self._wire.payload, piece)
+            self._take_piece(piece)
         tensors, start = [], 0
         for place in range(0, TENSORS * AXES, AXES):
             size = [int(length) for length in numbers[place : place + AXES] if length]
@@ -213,6 +260,28 @@ class Inbox:
                 start = end
         self.traffic.cpu_s += time.thread_time() - began
         return Message(numbers[TENSORS * AXES :], tensors)
+
+    @staticmethod
+    def _accept(wire: Wire, source: int, timeout_s: float) -> SharedPieces | None:
+        shape, limit = wire.shape, timedelta(seconds=timeout_s)
+        offer, shared = torch.zeros(OFFER_NUMBERS, dtype=torch.int64), None
+        try:
+            _wait(dist.irecv(offer, source, wire.words), limit)
+            shared = SharedPieces.join(offer.tolist(), shape.pieces, shape.values, shape.dtype)
+            _wait(dist.isend(torch.tensor([int(shared is not None)]), source, wire.words), limit)
+        except RuntimeError as error:
+            raise PeerGone(f"rank {source}: {error}") from error
+        return shared
+
+    def _take_piece(self, into: Tensor) -> None:
+        if self._shared is None:
+            self._take(self._pieces, self._wire.payload, into)
+            return
+        try:
+            self._shared.take(into, self._timeout_s)
+        except Late as late:
+            raise PeerGone(f"rank {self._source}: {late}") from late
+        self.traffic.bytes += into.nbytes
 
     def _take(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, into: Tensor) -> None:
         buffer, work = buffers.popleft()
