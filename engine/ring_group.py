@@ -7,6 +7,7 @@ the group ends as a unit with `RankLost`, whatever the rest of it was doing, and
 import contextlib
 import multiprocessing
 import pickle
+import queue
 import statistics
 import threading
 import time
@@ -29,6 +30,7 @@ from engine.session import NoiseSource
 from engine.transport import Inbox, PeerGone, Traffic, open_store
 
 BLAME_S = 0.5
+TELL_S = 1.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -263,27 +265,56 @@ def rank_process(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Conne
 
 
 def _rank_main(load: Loader, spec: RingSpec, rank: int, port: int, pipe: Connection | None) -> None:
+    teller = None if pipe is None else _Teller(pipe)
+
     def work() -> None:
-        if pipe is None:
+        if pipe is None or teller is None:
             follow(load, spec, rank, port)
         else:
             head, inboxes = make_head(load(rank), spec, port)
-            _lead(head, spec, pipe, inboxes)
+            _lead(head, spec, pipe, teller, inboxes)
 
-    run_rank(rank, work, threads=spec.threads, lost=lambda why: _tell(pipe, ("lost", why)))
+    def lost(why: str) -> None:
+        if teller is not None:
+            teller.tell("lost", why)
+            teller.close()
+
+    run_rank(rank, work, threads=spec.threads, lost=lost)
 
 
-def _tell(pipe: Connection | None, message: tuple[str, Any]) -> None:
-    if pipe is not None:
-        with contextlib.suppress(OSError):
-            pipe.send_bytes(pickle.dumps(message))
+class _Teller:
+    """Tells rank 0's user, who takes it when it comes to it: the ring does not wait for that.
+
+    Bounded by what streams may have unanswered.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def tell(self, kind: str, value: Any) -> None:
+        self._queue.put((kind, value))
+
+    def close(self) -> None:
+        """Wait until all is told, at most `TELL_S`."""
+        self._queue.put(None)
+        self._thread.join(TELL_S)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the user is gone, which `_read_commands` sees too
+            while (message := self._queue.get()) is not None:
+                self._pipe.send_bytes(pickle.dumps(message))
 
 
-def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tuple[str, Inbox]]) -> None:
+def _lead(
+    head: RingHead, spec: RingSpec, pipe: Connection, teller: _Teller, inboxes: Sequence[tuple[str, Inbox]]
+) -> None:
     """Rank 0's loop: commands of the group and answers of the ring, in the order they come."""
     events = Events(inboxes, spec.reply_timeout_s)
     threading.Thread(target=_read_commands, args=(pipe, events), daemon=True).start()
-    pipe.send_bytes(pickle.dumps(("ready", None)))
+    teller.tell("ready", None)
     while True:
         name, value = events.next(busy=head.busy)
         if name == "stop":
@@ -292,12 +323,12 @@ def _lead(head: RingHead, spec: RingSpec, pipe: Connection, inboxes: Sequence[tu
         if name == "answer":
             head.take(value.words, value.tensors)
         else:
-            _obey(head, value, pipe, inboxes)
+            _obey(head, value, teller, inboxes)
         head.fill()
         for stream, error in head.failed:
             raise PeerGone(f"stream {stream!r}: a text could not be encoded: {error}") from error
         while head.done:
-            pipe.send_bytes(pickle.dumps(("result", _result(head.done.popleft()))))
+            teller.tell("result", _result(head.done.popleft()))
 
 
 def _result(done: Done) -> RingResult:
@@ -310,7 +341,7 @@ def _result(done: Done) -> RingResult:
     return RingResult(done.key, done.chunk, None, latent, pixels, first)
 
 
-def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection, inboxes: Sequence[tuple[str, Inbox]]) -> None:
+def _obey(head: RingHead, command: tuple[Any, ...], teller: _Teller, inboxes: Sequence[tuple[str, Inbox]]) -> None:
     name, *rest = command
     if name == "submit":
         head.submit(*rest)
@@ -328,11 +359,11 @@ def _obey(head: RingHead, command: tuple[Any, ...], pipe: Connection, inboxes: S
         else:
             answer = _stats(head, inboxes)
     except KeyError:
-        pipe.send_bytes(pickle.dumps(("refused", f"stream {rest[0]!r} is not open: open it first")))
+        teller.tell("refused", f"stream {rest[0]!r} is not open: open it first")
     except (ValueError, MemoryError) as error:
-        pipe.send_bytes(pickle.dumps(("refused", str(error))))
+        teller.tell("refused", str(error))
     else:
-        pipe.send_bytes(pickle.dumps(("answer", answer)))
+        teller.tell("answer", answer)
 
 
 def _stats(head: RingHead, inboxes: Sequence[tuple[str, Inbox]]) -> RingStats:

@@ -83,7 +83,7 @@ class SharedPieces:
         return made if made._counts[_TOKEN] == token else None
 
     def settle(self) -> None:
-        """The offer was taken or refused: nobody else can come to this memory from now on."""
+        """The offer was taken or refused, and stands no longer."""
         if self._offered is not None:
             os.close(self._offered)
             self._offered = None
@@ -93,11 +93,11 @@ class SharedPieces:
         """Pieces that can be written without waiting."""
         return self.pieces - (self._counts[_WRITTEN] - self._counts[_TAKEN])
 
-    def put(self, values: Tensor, timeout_s: float) -> float:
+    def put(self, rows: Sequence[Tensor], timeout_s: float) -> float:
         """Write the next piece, which may be shorter; returns the seconds waited for a free one. Raises Late."""
         waited_s = self._wait_for(lambda: self.free > 0, timeout_s)
         written = self._counts[_WRITTEN]
-        self._pieces[written % self.pieces, : values.shape[0]].copy_(values)
+        fill(self._pieces[written % self.pieces], rows)
         self._counts[_WRITTEN] = written + 1
         return waited_s
 
@@ -118,6 +118,14 @@ class SharedPieces:
                 raise Late(f"a piece was not taken or not written within {timeout_s:g} s")
             time.sleep(_POLL_S)
         return time.monotonic() - began
+
+
+def fill(buffer: Tensor, rows: Sequence[Tensor]) -> None:
+    """Copy rows into a buffer, one after another."""
+    start = 0
+    for row in rows:
+        buffer[start : start + row.shape[0]].copy_(row)
+        start += row.shape[0]
 
 
 def _size(pieces: int, values: int, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ only once its last send is done. Between two ranks on the CPU of one machine pay
 GPU words stay on the host (gloo) and payloads go by NCCL: that path is written and has never been run by us.
 """
 
+import itertools
 import math
 import os
 import socket
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from engine.ring_start import LOOPBACK
-from engine.shared_pieces import OFFER_NUMBERS, Late, SharedPieces
+from engine.shared_pieces import OFFER_NUMBERS, Late, SharedPieces, fill
 
 DEPTH = 2
 # What a message may hold: so many tensors, of so many axes.
@@ -177,18 +178,14 @@ class Outbox:
         began = time.thread_time()
         if len(tensors) > TENSORS or any(not 0 < tensor.dim() <= AXES for tensor in tensors):
             raise ValueError(f"a message holds at most {TENSORS} tensors of 1 to {AXES} axes")
-        shapes = torch.zeros(TENSORS, AXES, dtype=torch.float64)
-        for place, tensor in enumerate(tensors):
-            shapes[place, : tensor.dim()] = torch.tensor(tensor.shape)
-        flat = [tensor.reshape(-1) for tensor in tensors]
-        payload = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else None
-        pieces = () if payload is None else torch.split(payload, self._wire.shape.values)
-        row = torch.cat((shapes.new_tensor([len(pieces)]), shapes.flatten(), shapes.new_tensor(words)))
+        pieces = _cut([tensor.reshape(-1) for tensor in tensors], self._wire.shape.values)
+        shapes = [[*tensor.shape, *[0] * (AXES - tensor.dim())] for tensor in tensors]
+        numbers = [len(pieces), *itertools.chain.from_iterable(shapes), *[0] * AXES * (TENSORS - len(tensors))]
         # What finds room in shared memory is there before the words that tell of it.
         ahead = self._shared.free if self.shares and self._shared is not None else 0
         for piece in pieces[:ahead]:
             self._put_piece(piece)
-        self._put(self._words, self._wire.words, row)
+        self._put(self._words, self._wire.words, [torch.tensor([*numbers, *words], dtype=torch.float64)])
         for piece in pieces[ahead:]:
             self._put_piece(piece)
         self.traffic.cpu_s += time.thread_time() - began
@@ -198,7 +195,7 @@ class Outbox:
         for _, work in (*self._words, *self._pieces):
             _wait(work, self._timeout)
 
-    def _put_piece(self, piece: Tensor) -> None:
+    def _put_piece(self, piece: Sequence[Tensor]) -> None:
         if self._shared is None:
             self._put(self._pieces, self._wire.payload, piece)
             return
@@ -206,15 +203,17 @@ class Outbox:
             self.traffic.waited_s += self._shared.put(piece, self._timeout.total_seconds())
         except Late as late:
             raise PeerGone(f"rank {self._to}: {late}") from late
-        self.traffic.bytes += piece.nbytes
+        self.traffic.bytes += sum(part.nbytes for part in piece)
 
-    def _put(self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, values: Tensor) -> None:
+    def _put(
+        self, buffers: deque[tuple[Tensor, dist.Work | None]], group: dist.ProcessGroup, values: Sequence[Tensor]
+    ) -> None:
         buffer, work = buffers.popleft()
         began = time.perf_counter()
         _wait(work, self._timeout)
         self.traffic.waited_s += time.perf_counter() - began
         self.traffic.bytes += buffer.nbytes
-        buffer[: values.shape[0]].copy_(values)
+        fill(buffer, values)
         try:
             buffers.append((buffer, dist.isend(buffer, self._to, group)))
         except RuntimeError as error:
@@ -295,6 +294,22 @@ class Inbox:
             buffers.append((buffer, dist.irecv(buffer, self._source, group)))
         except RuntimeError as error:
             raise PeerGone(f"rank {self._source}: {error}") from error
+
+
+def _cut(rows: Sequence[Tensor], values: int) -> list[list[Tensor]]:
+    """Rows, one after another, in pieces of so many values: each what it consists of."""
+    pieces: list[list[Tensor]] = []
+    room = 0
+    for row in rows:
+        start = 0
+        while start < row.shape[0]:
+            if not room:
+                pieces.append([])
+                room = values
+            part = row[start : start + room]
+            pieces[-1].append(part)
+            start, room = start + part.shape[0], room - part.shape[0]
+    return pieces
 
 
 def _wait(work: dist.Work | None, limit: timedelta) -> None:

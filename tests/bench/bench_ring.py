@@ -3,11 +3,12 @@
     python tests/bench/bench_ring.py [--model deep|embedded] [--size 256] [--steps 1] [--chunks 40] [--pairs 3]
 
 Both kinds of ring run for the whole time and are given work in turns, so that what the machine is busy with falls on
-both alike. Two streams fill each. Told for every pair, by the clock: chunks a second and their ratio. And, because a
-machine with other work makes a clock tell of that work: by the CPU time of each rank's process (all of it: units,
-messages, scheduling), CPU seconds a chunk of the one rank over those of the busier of the two, which is what the ratio
-would be if no rank ever waited; what of that went to messages (packing, copies, calls, waiting to send; not what
-gloo's own threads do beside it); and what the best split of the units gives by their times on one rank alone.
+both alike. Two streams fill each; whoever gives and takes is on the second core. Told for every pair, by the clock:
+chunks a second and their ratio. And, because a machine with other work makes a clock tell of that work: by the CPU
+time of each rank's process (all of it: units, messages, scheduling), CPU seconds a chunk of the one rank over those of
+the busier of the two, which is what the ratio would be if no rank ever waited; what of that went to messages (packing,
+copies, calls, waiting to send; not what gloo's own threads do beside it); and what the best split of the units gives
+by their times on one rank alone.
 """
 
 import argparse
@@ -154,6 +155,8 @@ def main() -> int:
         return 1
     frames = torch.from_numpy(camera(4, width=options.size, height=options.size))
     load = MODELS[options.model]
+    # Rank 0 has more to do than others; who feeds it stays off its core.
+    os.sched_setaffinity(0, {cores[1]})
     # As a server starts its ranks.
     os.environ.update(RANK_ENVIRONMENT)
     specs = [RingSpec(ranks=n, width=options.size, height=options.size, balance=n > 1) for n in (1, 2)]
