@@ -155,8 +155,9 @@ def main() -> int:
         return 1
     frames = torch.from_numpy(camera(4, width=options.size, height=options.size))
     load = MODELS[options.model]
-    # Rank 0 has more to do than others; who feeds it stays off its core.
+    # Rank 0 has more to do than others; who feeds it stays off its core, and has no threads that wait for work there.
     os.sched_setaffinity(0, {cores[1]})
+    torch.set_num_threads(1)
     # As a server starts its ranks.
     os.environ.update(RANK_ENVIRONMENT)
     specs = [RingSpec(ranks=n, width=options.size, height=options.size, balance=n > 1) for n in (1, 2)]
