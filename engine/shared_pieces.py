@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 HEADER_BYTES = 192
-# Places of int64 in it: which memory this is, pieces written, pieces taken; the counts in cache lines of their own.
-_TOKEN, _WRITTEN, _TAKEN = 0, 8, 16
+# Places of int64 in it: which memory this is, the processes that write and read it, pieces written, pieces taken; the
+# counts in cache lines of their own.
+_TOKEN, _WRITER, _READER, _WRITTEN, _TAKEN = 0, 1, 2, 8, 16
 # Numbers of an offer: the machine in two, process, descriptor, token; all 0 where nothing is offered.
 OFFER_NUMBERS = 5
-_POLL_S = 0.0002
+_POLL_S, _LOOK_S = 0.0002, 0.05
 
 
 class Late(Exception):
-    """The other side did not come to it in time."""
+    """The other side did not come to it in time, or is no more."""
 
 
 class SharedPieces:
@@ -53,7 +54,7 @@ class SharedPieces:
         try:
             os.ftruncate(fd, _size(pieces, values, dtype))
             made = cls(fd, pieces, values, dtype)
-            made._counts[_TOKEN], made._offered = secrets.randbits(62), fd
+            made._counts[_TOKEN], made._counts[_WRITER], made._offered = secrets.randbits(62), os.getpid(), fd
             offer = [*_machine(), os.getpid(), fd, made._counts[_TOKEN]]
         except (OSError, ValueError):
             os.close(fd)
@@ -79,8 +80,11 @@ class SharedPieces:
             return None
         finally:
             os.close(fd)
-        # In a container of its own the same numbers may stand for another process.
-        return made if made._counts[_TOKEN] == token else None
+        if made._counts[_TOKEN] != token:
+            # In a container of its own the same numbers may stand for another process.
+            return None
+        made._counts[_READER] = os.getpid()
+        return made
 
     def settle(self) -> None:
         """The offer was taken or refused, and stands no longer."""
@@ -95,7 +99,7 @@ class SharedPieces:
 
     def put(self, rows: Sequence[Tensor], timeout_s: float) -> float:
         """Write the next piece, which may be shorter; returns the seconds waited for a free one. Raises Late."""
-        waited_s = self._wait_for(lambda: self.free > 0, timeout_s)
+        waited_s = self._wait_for(lambda: self.free > 0, _READER, timeout_s)
         written = self._counts[_WRITTEN]
         fill(self._pieces[written % self.pieces], rows)
         self._counts[_WRITTEN] = written + 1
@@ -103,21 +107,34 @@ class SharedPieces:
 
     def take(self, into: Tensor, timeout_s: float) -> None:
         """Read the next piece. Raises Late."""
-        self._wait_for(lambda: self.free < self.pieces, timeout_s)
+        self._wait_for(lambda: self.free < self.pieces, _WRITER, timeout_s)
         taken = self._counts[_TAKEN]
         into.copy_(self._pieces[taken % self.pieces, : into.shape[0]])
         self._counts[_TAKEN] = taken + 1
 
-    @staticmethod
-    def _wait_for(ready: Callable[[], bool], timeout_s: float) -> float:
+    def _wait_for(self, ready: Callable[[], bool], other: int, timeout_s: float) -> float:
         if ready():
             return 0.0
-        began = time.monotonic()
+        began = looked = time.monotonic()
         while not ready():
-            if time.monotonic() > began + timeout_s:
+            now = time.monotonic()
+            if now > began + timeout_s:
                 raise Late(f"a piece was not taken or not written within {timeout_s:g} s")
+            if now > looked + _LOOK_S:
+                looked = now
+                self._check(self._counts[other])
             time.sleep(_POLL_S)
         return time.monotonic() - began
+
+    @staticmethod
+    def _check(pid: int) -> None:
+        """Raises Late, where there is no such process."""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            raise Late(f"process {pid} has ended") from None
+        except PermissionError:
+            pass
 
 
 def fill(buffer: Tensor, rows: Sequence[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Memory that two ranks share: what is written is read, in order, and nobody else comes to it."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -59,6 +60,25 @@ def test_a_full_ring_waits_for_its_reader_and_an_empty_one_for_its_writer() -> N
     with pytest.raises(Late):
         reader.take(into, 0.05)
     assert torch.equal(into, row(3))
+
+
+def test_a_writer_does_not_wait_for_a_reader_that_has_ended() -> None:
+    writer, offer = SharedPieces.create(PIECES, VALUES, torch.float32)
+    assert writer is not None
+    read, write = os.pipe()
+    reader = os.fork()
+    if not reader:
+        joined = SharedPieces.join(offer, PIECES, VALUES, torch.float32)
+        os.write(write, b"y" if joined else b"n")
+        os._exit(0)
+    assert os.read(read, 1) == b"y"
+    os.waitpid(reader, 0)
+    for number in range(PIECES):
+        writer.put([row(number)], 1.0)
+    with pytest.raises(Late, match=f"process {reader} has ended"):
+        writer.put([row(PIECES)], 600.0)
+    for end in (read, write):
+        os.close(end)
 
 
 def test_only_the_offer_as_it_was_made_is_joined() -> None:
