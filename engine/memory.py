@@ -319,6 +319,11 @@ def transformer_parameters(config: TransformerConfig) -> int:
         total += _linear([(channels, area * width), (area * width, config.latent_channels)])
         total += width * area * config.patch[1] * config.patch[2]
         total += _linear([(dim, 2 * width * (blocks + 1))]) + 2 * blocks * _linear([(9 * width, width)])
+        if coarse := config.refine_coarse_channels:
+            blocks = config.refine_coarse_blocks
+            total += _linear([(dim, coarse * config.patch[1] * config.patch[2]), (channels, coarse)])
+            total += _linear([(dim, 2 * coarse * (blocks + 1)), (coarse, area * width)])
+            total += 2 * blocks * _linear([(9 * coarse, coarse)])
     return total
 
 

@@ -23,10 +23,10 @@ frames. It follows the camera and obeys a text prompt; it invents no content.
 ## Architecture
 The same classes as Wan 2.1 with other numbers (`config.json`): a causal video autoencoder (4x8x8 blocks to 96 latents by
 principal components, a small convolutional decoder with one frame of memory; what it shows is steadied along the
-camera's motion) and a causal diffusion transformer (width 192, 4 blocks, 3 heads, 3.2 M parameters) with rotary positions in three axes,
+camera's motion) and a causal diffusion transformer (width 192, 4 blocks, 3 heads, 4.7 M parameters) with rotary positions in three axes,
 cross-attention to the prompt and a rolling KV cache of 3 latent frames, 1 of them a sink. The source latent is given as
-further input channels; the network predicts the residual on it. What Wan does not have: a refiner, five residual
-blocks of convolutions on the result at twice the latent's resolution, scaled and shifted by the prompt.
+further input channels; the network predicts the residual on it. What Wan does not have: a refiner, residual blocks of
+convolutions on the result, three at the latent's resolution and seven at twice that, scaled and shifted by the prompt.
 
 A prompt is read before it is encoded (`engine/wan/prompt_reader.py`): the style it names or is nearest to, or two of
 them, with a score, and the colours and moods it adds ("warm", "at night", "pastel"), which are affine maps of the

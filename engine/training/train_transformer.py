@@ -5,7 +5,7 @@ width on copying noise. Both stages compare pictures: pixel, low-pass, edge and 
 latent's linear picture, which costs next to nothing, and mostly single latent frames; stage 2 goes on with whole clips,
 in chunks of one and two latent frames, through the decoder, which learns along to make the best of what it is given;
 it is held against the teachers' own frames, for a decoded target jumps a little from chunk to chunk. Stage 3 trains the
-refiner and the decoder alone, against the steps that tokens leave at their borders in flat places. Teachers are
+head, refiner and decoder alone, against the steps that tokens leave at their borders in flat places. Teachers are
 deterministic, so regression at full noise is the one-step model: no distillation follows. One process per core; they
 average their gradients.
 
@@ -53,7 +53,7 @@ class Stage:
     """What differs between the stages.
 
     Frames of a clip are alike: batches of single frames show three times as many pictures at the same cost, and
-    whole clips teach what time adds. blocks: whether those of the transformer learn, and all before them. borders:
+    whole clips teach what time adds. blocks: whether those of the transformer learn, and what is before them. borders:
     weight of `border_loss`.
     """
 
@@ -75,12 +75,12 @@ STAGES = {
         3,
         batch=4,
         whole_batch=1,
-        muon_rate=0.004,
-        adam_rate=7e-4,
-        hold=0.3,
+        muon_rate=0.008,
+        adam_rate=1e-3,
+        hold=0.4,
         single_share=0.0,
         blocks=False,
-        borders=1.0,
+        borders=3.0,
     ),
 }
 
@@ -139,7 +139,8 @@ class Trainer:
         if not stage.blocks:
             assert self.net.refine is not None
             self.net.requires_grad_(False)
-            self.net.refine.requires_grad_(True)
+            for part in (self.net.head, self.net.refine):
+                part.requires_grad_(True)
         if state:
             self.trained.load_state_dict(state["weights"])
         weights: dict[str, Tensor] = state["average"] if state else self.trained.state_dict()

@@ -33,6 +33,10 @@ class TransformerConfig(BaseModel):
         default=0, description="width of the refiner at twice the latent's resolution; 0: none"
     )
     refine_blocks: PositiveInt = Field(default=2, description="residual blocks of the refiner, where there is one")
+    refine_coarse_channels: NonNegativeInt = Field(
+        default=0, description="width of the refiner's blocks at the latent's own resolution; 0: none"
+    )
+    refine_coarse_blocks: PositiveInt = Field(default=3, description="of these blocks, where there are any")
 
     @property
     def head_dim(self) -> int:
@@ -72,6 +76,8 @@ LIVEBRUSH_TINY = TransformerConfig(
     pooled_text=True,
     prediction="source_residual",
     refine_channels=64,
-    refine_blocks=5,
+    refine_blocks=7,
+    refine_coarse_channels=128,
+    refine_coarse_blocks=3,
 )
 PRESETS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B, "livebrush-tiny": LIVEBRUSH_TINY}

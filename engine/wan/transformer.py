@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.wan.presets import REFINE_FACTOR, TransformerConfig
+from engine.wan.refiner import Refiner
 from engine.wan.rope import Rotation, rope_rotation, rotate
-from engine.wan.vae import channels_from_space, space_from_channels
 
 
 @dataclass(frozen=True)
@@ -219,83 +219,6 @@ def _modulate(x_BNE: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     return torch.addcmul(shift, functional.layer_norm(x_BNE, x_BNE.shape[-1:], eps=eps), scale)
 
 
-class RefinerBlock(nn.Module):
-    """Two 3x3 convolutions added to their input; what is asked for scales and shifts the features between them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
-        for parameter in self.conv_out.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x_BCHW: Tensor, scale_BC11: Tensor, shift_BC11: Tensor) -> Tensor:
-        """Like x_BCHW. scale_BC11: about 0."""
-        features = functional.silu(torch.addcmul(shift_BC11, self.conv_in(x_BCHW), 1 + scale_BC11))
-        out: Tensor = x_BCHW + self.conv_out(features)
-        return out
-
-
-class Refiner(nn.Module):
-    """Convolutions on the predicted latent beside its source, at twice their resolution.
-
-    A contour, a dot or a brush stroke is a matter of a few pixels around it, alike everywhere. Convolutions learn that
-    from far fewer examples than tokens of 16 px do: in 100 s of training they alone drew contours better than the
-    transformer alone after an hour (docs/engine.md). Time and prompt scale and shift the features of every block. Each
-    place within a token adds features of its own: a step between two tokens is told from a contour by where it lies.
-    Starts as the identity.
-    """
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width, blocks, area = config.refine_channels, config.refine_blocks, REFINE_FACTOR**2
-        self.spread = nn.Conv2d(config.latent_channels + config.condition_channels, area * width, 1)
-        rows, columns = (REFINE_FACTOR * side for side in config.patch[1:])
-        self.place = nn.Parameter(torch.zeros(width, rows, columns))
-        self.blocks = nn.ModuleList(RefinerBlock(width) for _ in range(blocks))
-        self.film = nn.Linear(config.dim, 2 * width * (blocks + 1))
-        self.gather = nn.Conv2d(area * width, config.latent_channels, 1)
-        for parameter in (*self.film.parameters(), *self.gather.parameters()):
-            nn.init.zeros_(parameter)
-
-    def forward(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, time_BE: Tensor) -> Tensor:
-        """The network's output with its correction added, same shape."""
-        film = self.modulation(time_BE, output_BTCHW.shape[1])
-        x = self.begin(output_BTCHW, source_BTCHW, film)
-        for number in range(len(self.blocks)):
-            x = self.through(x, film, number)
-        return self.end(x, output_BTCHW)
-
-    # --- the parts of it, each of which may run on a device of its own
-
-    def modulation(self, time_BE: Tensor, frames: int) -> tuple[Tensor, ...]:
-        """Scale and shift of the first features and of every block's, [BT, C, 1, 1] each."""
-        film: Tensor = self.film(functional.silu(time_BE)).repeat_interleave(frames, 0)[:, :, None, None]
-        return film.chunk(2 * (len(self.blocks) + 1), dim=1)
-
-    def begin(self, output_BTCHW: Tensor, source_BTCHW: Tensor | None, film: Sequence[Tensor]) -> Tensor:
-        """The features [BT, C, 2H, 2W] that the first block takes."""
-        x = output_BTCHW if source_BTCHW is None else torch.cat((output_BTCHW, source_BTCHW), dim=2)
-        x = self._placed(space_from_channels(self.spread(x.flatten(0, 1)), REFINE_FACTOR))
-        return functional.relu(torch.addcmul(film[1], x, 1 + film[0]))
-
-    def _placed(self, x_NCHW: Tensor) -> Tensor:
-        count, channels, height, width = x_NCHW.shape
-        _, rows, columns = self.place.shape
-        x = x_NCHW.view(count, channels, height // rows, rows, width // columns, columns)
-        return (x + self.place[:, None, :, None]).view(x_NCHW.shape)
-
-    def through(self, x_NCHW: Tensor, film: Sequence[Tensor], number: int) -> Tensor:
-        """Features through one block."""
-        out: Tensor = self.blocks[number](x_NCHW, film[2 + 2 * number], film[3 + 2 * number])
-        return out
-
-    def end(self, x_NCHW: Tensor, output_BTCHW: Tensor) -> Tensor:
-        """Features of the last block to what `forward` returns."""
-        x: Tensor = self.gather(channels_from_space(functional.relu(x_NCHW), REFINE_FACTOR))
-        return output_BTCHW + x.view_as(output_BTCHW)
-
-
 class CausalTransformer(nn.Module):
     """Denoises latents chunk by chunk. Holds weights only: what belongs to a stream comes as an argument."""
 
@@ -438,8 +361,12 @@ class CausalTransformer(nn.Module):
         if part == 0:
             (x_BNE,) = carried
             shift, scale = (self.head_modulation + time_BE[:, None]).unsqueeze(2).unbind(1)
-            out = self._unpatchify(self.head(_modulate(x_BNE, shift, 1 + scale, self.config.eps)), *grid)
-            return (out,) if refine is None else (out, refine.begin(out, source_BTCHW, film))
+            x_BNE = _modulate(x_BNE, shift, 1 + scale, self.config.eps)
+            out = self._unpatchify(self.head(x_BNE), *grid)
+            if refine is None:
+                return (out,)
+            hints = None if refine.hint is None else self._unpatchify(refine.hint(x_BNE), *grid)
+            return out, refine.begin(out, source_BTCHW, film, hints)
         assert refine is not None  # there are no other parts
         out, x_NCHW = carried
         x_NCHW = refine.through(x_NCHW, film, part - 1)
@@ -497,7 +424,5 @@ class CausalTransformer(nn.Module):
 
     def _unpatchify(self, x_BNE: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         _, p, q = self.config.patch
-        x = x_BNE.view(x_BNE.shape[0], frames, rows, columns, p, q, self.config.latent_channels)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(
-            x_BNE.shape[0], frames, self.config.latent_channels, rows * p, columns * q
-        )
+        x = x_BNE.view(x_BNE.shape[0], frames, rows, columns, p, q, -1)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(x_BNE.shape[0], frames, -1, rows * p, columns * q)

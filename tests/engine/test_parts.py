@@ -127,10 +127,11 @@ def test_the_plan_counts_what_each_part_does(name: Vae) -> None:
             assert [count / sum(counted) for count in counted] == pytest.approx(list(shares), abs=1e-3)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize(("blocks", "coarse"), [(0, 0), (1, 0), (3, 0), (2, 6)])
 @torch.inference_mode()
-def test_the_head_and_the_refiner_block_by_block_are_the_tail(blocks: int) -> None:
+def test_the_head_and_the_refiner_block_by_block_are_the_tail(blocks: int, coarse: int) -> None:
     shape = {"dim": 48, "ffn_dim": 64, "heads": 2, "layers": 1, "refine_channels": 8 if blocks else 0}
+    shape |= {"refine_coarse_channels": coarse}
     config = LIVEBRUSH_TINY.model_copy(update={**shape, "refine_blocks": max(1, blocks)})
     torch.manual_seed(0)
     transformer = CausalTransformer(config)

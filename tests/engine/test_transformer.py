@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from engine.kv_cache import KVPool
 from engine.wan.presets import PRESETS, WAN_1_3B, TransformerConfig
+from engine.wan.refiner import Refiner
 from engine.wan.rope import half_split_order, rope_rotation, rotate
-from engine.wan.transformer import CausalTransformer, PromptContext, Refiner
+from engine.wan.transformer import CausalTransformer, PromptContext
 from engine.wan.untrained import untrained_model
 
 WAN_LIKE = TransformerConfig(
@@ -257,7 +258,7 @@ def test_a_crop_keeps_its_place_in_the_picture() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # The counts of the published Wan 2.1 checkpoints, and ours.
-    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 3_243_744)],
+    [("wan2.1-1.3b", 1_418_996_800), ("wan2.1-14b", 14_288_491_584), ("livebrush-tiny", 4_680_544)],
 )
 def test_presets_have_the_published_size(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -321,6 +322,36 @@ def test_training_reaches_every_parameter() -> None:
     assert still == []
 
 
+def block_by_hand(weights: dict[str, Tensor], name: str, x_CHW: Tensor, film_2C11: Tensor) -> Tensor:
+    """A block of the refiner on one latent."""
+    first, second = (
+        (weights[f"{name}.{conv}.weight"], weights[f"{name}.{conv}.bias"]) for conv in ("conv_in", "conv_out")
+    )
+    y = functional.conv2d(x_CHW[None], *first, padding=1)[0] * (1 + film_2C11[0]) + film_2C11[1]
+    return x_CHW + functional.conv2d(functional.silu(y)[None], *second, padding=1)[0]
+
+
+def product_by_hand(weights: dict[str, Tensor], name: str, x_CHW: Tensor) -> Tensor:
+    """A 1x1 convolution on one latent."""
+    out = torch.einsum("oc,chw->ohw", weights[f"{name}.weight"][:, :, 0, 0], x_CHW)
+    return out + weights[f"{name}.bias"][:, None, None]
+
+
+def fine_by_hand(
+    weights: dict[str, Tensor], spread_CHW: Tensor, output_CHW: Tensor, time_E: Tensor, blocks: int
+) -> Tensor:
+    """What the refiner makes of the features of its first projection, on one latent."""
+    width = weights["place"].shape[0]
+    film = functional.silu(time_E) @ weights["film.weight"].T + weights["film.bias"]
+    film = film.view(blocks + 1, 2, width, 1, 1)
+    x = functional.pixel_shuffle(spread_CHW, 2)
+    x = x + weights["place"].repeat(1, x.shape[1] // 4, x.shape[2] // 4)
+    x = (x * (1 + film[0, 0]) + film[0, 1]).relu()
+    for block in range(blocks):
+        x = block_by_hand(weights, f"blocks.{block}", x, film[1 + block])
+    return output_CHW + product_by_hand(weights, "gather", functional.pixel_unshuffle(x.relu(), 2))
+
+
 def test_the_refiner_is_convolutions_on_a_grid_twice_as_fine() -> None:
     torch.manual_seed(0)
     refiner = Refiner(TINY_LIKE.model_copy(update={"refine_blocks": 2}))
@@ -328,24 +359,35 @@ def test_the_refiner_is_convolutions_on_a_grid_twice_as_fine() -> None:
     assert torch.equal(refiner(output, source, time), output)
     for parameter in refiner.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    width, weights = TINY_LIKE.refine_channels, dict(refiner.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in refiner.named_parameters()}
     for row in range(2):
-        film = (functional.silu(time[row]) @ weights["film.weight"].T + weights["film.bias"]).view(3, 2, width, 1, 1)
         for frame in range(3):
             both = torch.cat((output[row, frame], source[row, frame]))
-            spread = torch.einsum("oc,chw->ohw", weights["spread.weight"][:, :, 0, 0], both)
-            x = functional.pixel_shuffle(spread + weights["spread.bias"][:, None, None], 2)
-            x = x + weights["place"].repeat(1, 2, 3)
-            x = (x * (1 + film[0, 0]) + film[0, 1]).relu()
-            for block in range(2):
-                first, second = (
-                    (weights[f"blocks.{block}.{name}.weight"], weights[f"blocks.{block}.{name}.bias"])
-                    for name in ("conv_in", "conv_out")
-                )
-                y = functional.conv2d(x[None], *first, padding=1)[0] * (1 + film[1 + block, 0]) + film[1 + block, 1]
-                x = x + functional.conv2d(functional.silu(y)[None], *second, padding=1)[0]
-            gathered = torch.einsum(
-                "oc,chw->ohw", weights["gather.weight"][:, :, 0, 0], functional.pixel_unshuffle(x.relu(), 2)
-            )
-            wanted = output[row, frame] + gathered + weights["gather.bias"][:, None, None]
+            spread = product_by_hand(weights, "spread", both)
+            wanted = fine_by_hand(weights, spread, output[row, frame], time[row], blocks=2)
             torch.testing.assert_close(refiner(output, source, time)[row, frame], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_coarse_blocks_of_the_refiner_see_latents_and_tokens_at_the_latents_resolution() -> None:
+    torch.manual_seed(0)
+    shape = {"refine_blocks": 1, "refine_coarse_channels": 6, "refine_coarse_blocks": 2}
+    refiner = Refiner(TINY_LIKE.model_copy(update=shape))
+    output, source, time = torch.randn(2, 3, 4, 4, 6), torch.randn(2, 3, 4, 4, 6), torch.randn(2, 48)
+    hints = torch.randn(2, 3, 6, 4, 6)
+    assert torch.equal(refiner(output, source, time, hints), output)
+    for parameter in refiner.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = {name: parameter.detach() for name, parameter in refiner.named_parameters()}
+    film = functional.silu(time) @ weights["coarse_film.weight"].T + weights["coarse_film.bias"]
+    film = film.view(2, 3, 2, 6, 1, 1)
+    for row in range(2):
+        for frame in range(3):
+            both = torch.cat((output[row, frame], source[row, frame]))
+            x = product_by_hand(weights, "survey", both) + hints[row, frame]
+            x = (x * (1 + film[row, 0, 0]) + film[row, 0, 1]).relu()
+            for block in range(2):
+                x = block_by_hand(weights, f"coarse_blocks.{block}", x, film[row, 1 + block])
+            spread = product_by_hand(weights, "spread", both) + product_by_hand(weights, "descend", x.relu())
+            wanted = fine_by_hand(weights, spread, output[row, frame], time[row], blocks=1)
+            found = refiner(output, source, time, hints)[row, frame]
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -139,7 +139,7 @@ def test_the_second_stage_trains_the_decoder_with_the_transformer_and_hands_both
     torch.testing.assert_close(transformer.head.weight, refined.average["transformer.head.weight"])
 
 
-def test_the_third_stage_trains_refiner_and_decoder_alone(work: Path) -> None:
+def test_the_third_stage_trains_head_refiner_and_decoder_alone(work: Path) -> None:
     trained(work, 1, steps=1)[0].save()
     trained(work, 2, steps=1)[0].save()
     before, _ = trained_parts(work, 2)
@@ -152,7 +152,7 @@ def test_the_third_stage_trains_refiner_and_decoder_alone(work: Path) -> None:
         for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
         if not torch.equal(old, new)
     }
-    assert changed == {"refine"}
+    assert changed == {"head", "refine"}
     assert not torch.equal(vae.decode_out.weight, trained_parts(work, 2)[1].decode_out.weight)
 
 
@@ -216,7 +216,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
 
 def test_muon_takes_the_hidden_matrices_and_convolutions_and_only_those() -> None:
     hidden, others = split_parameters(CausalTransformer(LIVEBRUSH_TINY))
-    assert len(hidden) == 7 * LIVEBRUSH_TINY.layers + 2 * LIVEBRUSH_TINY.refine_blocks
+    refining = LIVEBRUSH_TINY.refine_blocks + LIVEBRUSH_TINY.refine_coarse_blocks
+    assert len(hidden) == 7 * LIVEBRUSH_TINY.layers + 2 * refining
     assert {parameter.ndim for parameter in Muon(hidden).parameters} == {2, 4}
     assert not {id(p) for p in hidden} & {id(p) for p in others}
 
