@@ -50,7 +50,10 @@ class SharedPieces:
         """Memory to write to, and the offer for the reader; (None, no offer) where this machine cannot share."""
         if platform.machine() not in ("x86_64", "AMD64") or not hasattr(os, "memfd_create"):
             return None, [0] * OFFER_NUMBERS
-        fd = os.memfd_create("livebrush-pieces")
+        try:
+            fd = os.memfd_create("livebrush-pieces")
+        except OSError:
+            return None, [0] * OFFER_NUMBERS
         try:
             os.ftruncate(fd, _size(pieces, values, dtype))
             made = cls(fd, pieces, values, dtype)
@@ -65,9 +68,11 @@ class SharedPieces:
     def join(cls, offer: Sequence[int], pieces: int, values: int, dtype: torch.dtype) -> SharedPieces | None:
         """The memory of an offer, to read from; None where it is of another machine, or cannot be reached from here."""
         machine, (pid, descriptor, token) = list(offer[:2]), offer[2:]
-        if not token or machine != _machine():
+        if not token:
             return None
         try:
+            if machine != _machine():
+                return None
             fd = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_NONBLOCK)
         except OSError:
             return None

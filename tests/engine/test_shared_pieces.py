@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from engine.shared_pieces import OFFER_NUMBERS, Late, SharedPieces
+from tests.engine.wire_ends import X86
 
 PIECES, VALUES = 3, 5
+pytestmark = pytest.mark.skipif(not X86, reason="ranks share memory on x86 alone")
 
 
 def both() -> tuple[SharedPieces, SharedPieces]:

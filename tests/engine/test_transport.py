@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from engine.transport import HOST, open_store
-from tests.engine.wire_ends import LIMIT_S, end, messages
+from tests.engine.wire_ends import LIMIT_S, X86, end, messages
 
 
-def both_ends(*, share: bool) -> list[Any]:
+def both_ends(way: str) -> list[Any]:
     """What rank 0 and rank 1 tell."""
     context = multiprocessing.get_context("spawn")
     store = open_store(HOST, timeout_s=LIMIT_S)
     pipes = [context.Pipe() for _ in range(2)]
     ranks = [
-        context.Process(target=end, args=(rank, store.port, share, far), daemon=True)
+        context.Process(target=end, args=(rank, store.port, way, far), daemon=True)
         for rank, (_, far) in enumerate(pipes)
     ]
     try:
@@ -37,10 +37,10 @@ def both_ends(*, share: bool) -> list[Any]:
     return told
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_messages_come_out_as_they_went_in(share: bool) -> None:
-    (shares, sent), (taken, received) = both_ends(share=share)
-    assert shares is share
+@pytest.mark.parametrize("way", ["shared", "tcp", "refused"])
+def test_messages_come_out_as_they_went_in(way: str) -> None:
+    (shares, sent), (taken, received) = both_ends(way)
+    assert shares is (way == "shared" and X86)
     wanted = 3 * messages()
     assert [words for words, _ in taken] == [[float(number), 0.5, -1.0] for number in range(len(wanted))]
     for (_, found), tensors in zip(taken, wanted, strict=True):
